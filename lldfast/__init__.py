@@ -1,0 +1,79 @@
+"""Domain-mixture design by log-likelihood differences: `import lldfast as lld`.
+
+Names are loaded when first used, so that importing lldfast does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "linear_logprob": "lldfast.ops.linear_logprob",
+    "linear_cross_entropy": "lldfast.ops.linear_logprob",
+    "logprob": "lldfast.ops.logprob",
+    "score": "lldfast.loglik",
+    "delta": "lldfast.loglik",
+    "LoglikVector": "lldfast.loglik",
+    "load_scorer": "lldfast.models.scorer",
+    "Scorer": "lldfast.models.scorer",
+    "GPT": "lldfast.models.gpt",
+    "GPTConfig": "lldfast.models.gpt",
+    "EvalSet": "lldfast.data.evalset",
+    "TokenShards": "lldfast.data.shards",
+    "DomainMixture": "lldfast.data.mixture",
+    "prepare": "lldfast.data.prepare",
+    "LLDController": "lldfast.controller",
+    "lld_weights": "lldfast.weights",
+    "adjusted_lld_weights": "lldfast.weights",
+    "aggregate_weights": "lldfast.weights",
+    "effective_domains": "lldfast.weights",
+    "Rule": "lldfast.weights",
+    "load_weights": "lldfast.weightsfile",
+    "save_weights": "lldfast.weightsfile",
+    "kl": "lldfast.divergence",
+    "kl_matrix": "lldfast.divergence",
+    "true_kl": "lldfast.divergence",
+    "nll_gap": "lldfast.divergence",
+    "weight_kl": "lldfast.divergence",
+    "jsd_matrix": "lldfast.divergence",
+    "backends": "lldfast.backends",
+    "LLDError": "lldfast.errors",
+}
+# submodules that are an interface of their own: lld.gram.estimate(...), lld.weights.adjusted_direction(...)
+_MODULES = ("gram", "weights", "divergence", "schedule", "modelmap")
+
+__all__ = [*_NAMES, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"lldfast.{name}")
+    raise AttributeError(f"module 'lldfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from lldfast import divergence, gram, modelmap, schedule, weights
+    from lldfast.backends import backends
+    from lldfast.controller import LLDController
+    from lldfast.data.evalset import EvalSet
+    from lldfast.data.mixture import DomainMixture
+    from lldfast.data.prepare import prepare
+    from lldfast.data.shards import TokenShards
+    from lldfast.divergence import jsd_matrix, kl, kl_matrix, nll_gap, true_kl, weight_kl
+    from lldfast.errors import LLDError
+    from lldfast.loglik import LoglikVector, delta, score
+    from lldfast.models.gpt import GPT, GPTConfig
+    from lldfast.models.scorer import Scorer, load_scorer
+    from lldfast.ops.linear_logprob import linear_cross_entropy, linear_logprob
+    from lldfast.ops.logprob import logprob
+    from lldfast.weights import Rule, adjusted_lld_weights, aggregate_weights, effective_domains, lld_weights
+    from lldfast.weightsfile import load_weights, save_weights

@@ -1,0 +1,233 @@
+"""The command line: `lldfast <command>`, also `python -m lldfast <command>`. Errors a user can act on print without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lldfast import __version__
+from lldfast.errors import InputError, LLDError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 1 a user error, 130 interrupted)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if args[:1] == ["train"]:  # its options come from the configuration's dataclasses
+            from lldfast.train import main as train
+
+            train(args[1:])
+            return 0
+        options = build_parser().parse_args(args)
+        return int(options.run(options) or 0)
+    except LLDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lldfast", description="Domain-mixture design by log-likelihood differences.")
+    parser.add_argument("--version", action="version", version=f"lldfast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="Algorithm 1, pass 2 and the baselines; the demo by default (lldfast train --help)")
+
+    p = commands.add_parser("prepare", help="texts with a domain label -> token shards + evaluation corpus")
+    p.add_argument("inputs", nargs="*", help="JSONL (.gz, .zst), Parquet, a folder per domain, or a Hugging Face dataset id")
+    p.add_argument("--source", choices=["builtin"], help="real text that is already on this machine, instead of inputs")
+    p.add_argument("--out", required=True)
+    p.add_argument("--domain-field", help="label field, dots for nesting (meta.pile_set_name); leave out for a folder per domain")
+    p.add_argument("--text-field", default="text")
+    p.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, bpe, a tokenizer.json, a model folder or a hub id")
+    p.add_argument("--vocab-size", type=int, help="vocabulary of --tokenizer bpe")
+    p.add_argument("--domains", nargs="+", help="keep only these")
+    p.add_argument("--eval-texts", type=int, help="evaluation texts in all, in proportion to the domains' bytes")
+    p.add_argument("--eval-per-domain", type=int, help="evaluation texts of each domain")
+    p.add_argument("--estimate-share", type=float, default=0.5, help="share of them that weights are estimated on")
+    p.add_argument("--split", help="split of a Hugging Face dataset")
+    p.add_argument("--dataset-config", help="configuration of a Hugging Face dataset")
+    p.add_argument("--max-documents", type=int)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--workers", type=int)
+    p.add_argument("--overwrite", action="store_true")
+    p.add_argument("--quiet", action="store_true")
+    p.set_defaults(run=run_prepare)
+
+    p = commands.add_parser("verify", help="check a prepared folder: sizes, checksums, ids, evaluation texts kept apart")
+    p.add_argument("path")
+    p.set_defaults(run=run_verify)
+
+    p = commands.add_parser("score", help="log-likelihood vector of a model on an evaluation corpus -> Parquet")
+    p.add_argument("model", help="lldfast checkpoint folder, Hugging Face folder or id, .gguf, asset:..., package:...")
+    p.add_argument("--data", required=True, help="a prepared folder, or an eval.parquet")
+    p.add_argument("--out", required=True, help="Parquet file to write")
+    p.add_argument("--batch-tokens", type=int, default=16_384)
+    p.add_argument("--bos", choices=["auto", "native", "none"], default="auto")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.set_defaults(run=run_score)
+
+    p = commands.add_parser("kl", help="eq. (2) between scored models, in bits per byte")
+    p.add_argument("vectors", nargs="+", help="Parquet files of `lldfast score`")
+    p.set_defaults(run=run_kl)
+
+    p = commands.add_parser("weights", help="recompute domain weights offline from a run's stored Delta_t")
+    p.add_argument("run", metavar="RUN", help="a run folder, a method's folder, or a weights.json")
+    p.add_argument("--method", help="which pass 1 of a run folder, when it has several")
+    p.add_argument("--rule", help="another rule on the same trajectory: iterative, spread, mirror, adjusted, adjusted-spread")
+    p.add_argument("--tau", type=float)
+    p.add_argument("--step-size", type=float, help="of mirror")
+    p.add_argument("--floor", type=float)
+    p.add_argument("--aggregate", choices=["geometric", "arithmetic", "none"], default="geometric", help="none: the last estimate")
+    p.add_argument("--step-weights", choices=["equal", "elapsed"])
+    p.add_argument("--stages", type=int, choices=[1, 2], default=1)
+    p.add_argument("--steps", type=int, nargs="+", help="use these estimates only")
+    p.add_argument("--out", help="weights file to write")
+    p.set_defaults(run=run_weights)
+
+    p = commands.add_parser("report", help="write report.html of a run folder again")
+    p.add_argument("run")
+    p.add_argument("--out")
+    p.set_defaults(run=run_report)
+
+    p = commands.add_parser("env", help="what runs here, and why something does not")
+    p.set_defaults(run=run_env)
+    return parser
+
+
+def run_prepare(o: argparse.Namespace) -> None:
+    from lldfast.data.prepare import prepare
+    from lldfast.experiment import resolve_location
+
+    if bool(o.inputs) == bool(o.source):
+        raise InputError("prepare needs either inputs or --source builtin")
+    out = prepare(
+        o.source or o.inputs,
+        o.out,
+        domain_field=o.domain_field,
+        text_field=o.text_field,
+        tokenizer=resolve_location(o.tokenizer),
+        vocab_size=o.vocab_size,
+        domains=o.domains,
+        eval_texts=o.eval_texts,
+        eval_per_domain=o.eval_per_domain,
+        estimate_share=o.estimate_share,
+        split=o.split,
+        config=o.dataset_config,
+        max_documents=o.max_documents,
+        seed=o.seed,
+        workers=o.workers,
+        overwrite=o.overwrite,
+        progress=not o.quiet,
+    )
+    from lldfast.data.evalset import EvalSet
+    from lldfast.data.shards import TokenShards
+
+    shards, counts = TokenShards(out), EvalSet.load(out / "eval.parquet").counts()
+    width = max(len(name) for name in shards.domains)
+    print(f"{'domain':{width}}  {'documents':>10}  {'tokens':>13}  {'eval texts':>10}")
+    for name in shards.domains:
+        print(f"{name:{width}}  {shards.n_documents[name]:>10,}  {shards.n_tokens[name]:>13,}  {counts[name]:>10,}")
+    print(f"wrote {out}")
+
+
+def run_verify(o: argparse.Namespace) -> None:
+    from lldfast.data.prepare import verify
+
+    verify(o.path)
+    print(f"{o.path}: all checks passed")
+
+
+def run_score(o: argparse.Namespace) -> None:
+    from lldfast.data.evalset import EvalSet
+    from lldfast.experiment import resolve_location
+    from lldfast.loglik import score
+    from lldfast.models.scorer import load_scorer
+
+    path = Path(o.data)
+    evalset = EvalSet.load(path / "eval.parquet" if path.is_dir() else path)
+    scorer = load_scorer(resolve_location(o.model), device=o.device, dtype=o.dtype, bos=o.bos)
+    vector = score(scorer, evalset, batch_tokens=o.batch_tokens, progress=True)
+    vector.save(o.out)
+    for name, value in vector.by_domain().items():
+        print(f"{name:24}  {value:9.4f} nats/token")
+    print(f"wrote {o.out}")
+
+
+def run_kl(o: argparse.Namespace) -> None:
+    from lldfast.divergence import kl_matrix
+    from lldfast.loglik import LoglikVector
+
+    for path, row in zip(o.vectors, kl_matrix([LoglikVector.load(path) for path in o.vectors]), strict=True):
+        print("  ".join(f"{value:10.4f}" for value in row), f"  {path}")
+
+
+def run_weights(o: argparse.Namespace) -> None:
+    import dataclasses
+
+    from lldfast.files import write_json
+    from lldfast.weights import effective_domains
+    from lldfast.weightsfile import read_weights_file, recompute, rule_of
+
+    path = find_trajectory(Path(o.run), o.method)
+    changes = {"name": o.rule, "tau": o.tau, "step_size": o.step_size, "floor": o.floor}
+    rule = dataclasses.replace(rule_of(read_weights_file(path)), **{k: v for k, v in changes.items() if v is not None})
+    result = recompute(
+        path, rule=rule, aggregate=o.aggregate, step_weights=o.step_weights, steps=o.steps, stages=o.stages
+    )
+    print(f"{path}: rule {rule.name}, tau {rule.tau:g}, {o.aggregate}, {result['step_weights']} step weights")
+    for stage in result["stages"] or [{"weights": result["weights"]}]:
+        if "from_step" in stage:
+            print(f"from step {stage['from_step']}:")
+        for name, weight in sorted(stage["weights"].items(), key=lambda item: -item[1]):
+            error = "" if not result["weights_se"] else f" +- {result['weights_se'][name]:.4f}"
+            print(f"  {name:24}  {weight:.4f}{error}")
+        print(f"  effective domains {effective_domains(stage['weights']):.2f}")
+    if o.out:
+        write_json(o.out, result)
+        print(f"wrote {o.out}")
+
+
+def find_trajectory(run: Path, method: str | None) -> Path:
+    """The weights.json with stored Delta_t that RUN means.
+
+    Raises:
+        InputError: there is none, or several and no --method.
+    """
+    if run.is_file():
+        return run
+    if (run / "weights.json").exists():
+        return run / "weights.json"
+    if method:
+        path = run / "methods" / method / "weights.json"
+        if not path.exists():
+            raise InputError(f"{run} has no finished method {method!r}")
+        return path
+    found = [p for p in sorted(run.glob("methods/*/weights.json")) if json.loads(p.read_text(encoding="utf-8"))["trajectory"]]
+    if len(found) != 1:
+        names = ", ".join(p.parent.name for p in found)
+        raise InputError(f"{run} has {len(found)} methods with stored Delta_t ({names}): choose one by --method")
+    return found[0]
+
+
+def run_report(o: argparse.Namespace) -> None:
+    from lldfast.report import write_report
+    from lldfast.summary import summarise, table
+
+    print(table(summarise(o.run)))
+    print(f"report: {write_report(Path(o.run), out=o.out).resolve()}")
+
+
+def run_env(o: argparse.Namespace) -> None:
+    from lldfast.backends import env_report
+
+    print(env_report())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Configuration of a run: dataclasses with their defaults, a recipe over them, `--config FILE`, `--section.key value`.
+
+A recipe (lldfast/recipes/*.yaml) is a diff from these defaults. `--print_config` shows the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from lldfast.errors import InputError
+from lldfast.weights import RULES
+
+DEFAULT_RECIPE = "demo"
+
+
+@dataclass
+class DataConfig:
+    """Texts, tokenizer and evaluation corpus.
+
+    Attributes:
+        path: a folder made by `lldfast prepare`; when unset, `source` is prepared into OUT/data.
+        source: "builtin", or files, folders and dataset ids as `lldfast prepare` takes them.
+        domain_field: label field of a document, dots for nesting; unset for a folder per domain.
+        tokenizer: gpt2, bytes, bpe (trained on the corpus, see vocab_size), a tokenizer.json, a model folder, a hub id.
+        domains: keep only these.
+        eval_texts: evaluation texts in all, drawn in proportion to the domains' bytes.
+        eval_per_domain: evaluation texts of each domain; replaces eval_texts.
+        estimate_share: share of them that Delta and G are estimated on; KL is measured on the others.
+    """
+
+    path: str | None = None
+    source: list[str] = field(default_factory=lambda: ["builtin"])
+    domain_field: str | None = "meta.pile_set_name"
+    text_field: str = "text"
+    tokenizer: str = "gpt2"
+    vocab_size: int | None = None
+    domains: list[str] | None = None
+    eval_texts: int | None = None
+    eval_per_domain: int | None = None
+    estimate_share: float = 0.5
+    max_documents: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """The base model. `init` is a folder written by lldfast to continue from; unset for random weights."""
+
+    preset: str = "nano-124m"
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    block_size: int | None = None
+    dropout: float | None = None
+    init: str | None = None
+
+
+@dataclass
+class TargetConfig:
+    """The target model, scored once.
+
+    Attributes:
+        model: an lldfast checkpoint folder, a Hugging Face folder or id, a .gguf file, "asset:demo-target" (shipped with
+            lldfast), or "package:NAME/FILE" (a file inside an installed package; * matches). Unset to train without a target.
+        mixture: train the target first, on these {domain: weight}, for `steps` steps with the rest of the configuration: the
+            controlled experiment of section 4.2 on data of your own. Instead of `model`.
+        weights: a weights file with the mixture the target was trained on, where known (only reported against); an lldfast
+            checkpoint that records its own mixture needs none.
+        licence: recorded with every weights file; found by itself for models that state theirs.
+    """
+
+    model: str | None = None
+    mixture: dict[str, float] | None = None
+    steps: int | None = None
+    weights: str | None = None
+    licence: str | None = None
+    bos: Literal["auto", "native", "none"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass
+class LLDConfig:
+    """From Delta to weights; see lldfast.weights.Rule.
+
+    Attributes:
+        tau: temperature, nats per token (a multiple of std(Delta) for the "spread" rules).
+        prior: "uniform", "proportional" (tokens per domain) or a weights file.
+        normalize: what a domain's log-likelihood is divided by, eq. (3).
+        every, dense_until: the step set S; unset is the paper's at any run length.
+        aggregate: mean over steps for the aggregated methods.
+        step_weights: "equal" (eq. (8)) or "elapsed" (time in force); unset: equal for the paper's rules, elapsed for mirror.
+        bootstrap: replicates over texts for standard errors; 0 turns them off.
+        weights: weights file of the method "fixed".
+        pass1: weights file of an existing pass 1 for the aggregated and two-stage methods.
+        min_texts: warn when a domain has fewer evaluation texts to estimate on.
+    """
+
+    tau: float = 1.0
+    tau_end: float | None = None
+    step_size: float = 4.0
+    prior: str = "uniform"
+    floor: float = 0.0
+    normalise: Literal["spread", "trace", "none"] = "spread"
+    ridge: float | Literal["auto"] = "auto"
+    normalize: Literal["base_tokens", "bytes", "texts"] = "base_tokens"
+    every: int | None = None
+    dense_until: int | None = None
+    aggregate: Literal["geometric", "arithmetic"] = "geometric"
+    step_weights: Literal["equal", "elapsed"] | None = None
+    split: float = 0.5
+    bootstrap: int = 100
+    weights: str | None = None
+    pass1: str | None = None
+    min_texts: int = 10
+
+
+@dataclass
+class TrainConfig:
+    """The loop. Batch sizes count sequences of block_size tokens; `batch_size` is one optimiser step.
+
+    Attributes:
+        draw: what one draw of a domain fills: "sequence" (systematic sampling over the step), "micro_batch", or "step" (paper).
+        warmup: share of the steps.
+        dtype: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; "bfloat16" is refused where the
+            hardware lacks it.
+        threads: torch threads; unset leaves torch's choice.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 512
+    micro_batch_size: int = 64
+    learning_rate: float = 6e-4
+    min_lr: float = 6e-5
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    draw: Literal["sequence", "micro_batch", "step"] = "sequence"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    checkpoint_every: int = 500
+
+
+@dataclass
+class MeasureConfig:
+    """Measurements on the texts kept for them: at the steps of S, thinned to about `times`, and after the last step."""
+
+    times: int = 20
+    true_kl: bool = True
+    batch_tokens: int = 16_384
+
+
+@dataclass
+class LogConfig:
+    every: int = 10
+    progress: bool = True
+    tensorboard: bool = False
+    wandb: str | None = None
+    report: bool = True
+    map: Literal["pca", "tsne"] = "pca"
+
+
+@dataclass
+class Config:
+    """Everything a run needs. `methods` names what is trained, one after the other: see `parse_method`."""
+
+    out: str = "runs/lldfast"
+    methods: list[str] = field(default_factory=lambda: ["uniform", "iterative", "aggregated"])
+    seed: int = 0
+    recipe: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    lld: LLDConfig = field(default_factory=LLDConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def check(self) -> None:
+        """Refuse values that could only fail later.
+
+        Raises:
+            InputError: naming the parameter.
+        """
+        t = self.train
+        for name in ("steps", "batch_size", "micro_batch_size"):
+            if getattr(t, name) < 1:
+                raise InputError(f"train.{name} must be >= 1, got {getattr(t, name)}")
+        if t.batch_size % t.micro_batch_size:
+            raise InputError(f"train.micro_batch_size {t.micro_batch_size} does not divide train.batch_size {t.batch_size}")
+        if not 0 <= t.warmup <= 1:
+            raise InputError(f"train.warmup is a share of the steps, got {t.warmup}")
+        if not t.learning_rate > 0 or t.min_lr < 0:
+            raise InputError(f"train.learning_rate must be > 0 and train.min_lr >= 0, got {t.learning_rate} and {t.min_lr}")
+        if t.checkpoint_every < 1 or self.log.every < 1:
+            raise InputError("train.checkpoint_every and log.every must be >= 1")
+        if self.lld.bootstrap == 1 or self.lld.bootstrap < 0:
+            raise InputError(f"lld.bootstrap must be 0 or at least 2, got {self.lld.bootstrap}")
+        if self.target.model and self.target.mixture:
+            raise InputError("give target.model or target.mixture, not both")
+        if not self.methods:
+            raise InputError("methods is empty: nothing to train")
+        if len(set(self.methods)) != len(self.methods):
+            raise InputError(f"methods repeats a name: {self.methods}")
+        for method in self.methods:
+            spec = parse_method(method)
+            if spec.rule and not (self.target.model or self.target.mixture) and not (self.lld.pass1 and spec.passes == 2):
+                raise InputError(f"method {method!r} needs target.model (or target.mixture)")
+            if method == "fixed" and self.lld.weights is None:
+                raise InputError("method 'fixed' needs lld.weights, a weights file")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method name means: `rule` is None for weights fixed beforehand, `passes` is 2 when pass 1 comes first."""
+
+    name: str
+    rule: str | None = None
+    passes: int = 1
+    stages: int = 1
+
+
+FIXED_METHODS = ("uniform", "proportional", "fixed", "ground-truth")
+
+
+def parse_method(name: str) -> Method:
+    """Methods: uniform, proportional, fixed (lld.weights), ground-truth (the target's known mixture); a rule (iterative,
+    spread, mirror, adjusted, adjusted-spread); `RULE-aggregated` and `RULE-two-stage`, which train anew with the fixed
+    weights of that rule's pass 1 ("aggregated" and "two-stage" alone mean iterative, the paper's; "mirror-fixed" is an
+    alias of "mirror-aggregated").
+
+    Raises:
+        InputError: unknown name; the message lists what there is.
+    """
+    if name in FIXED_METHODS:
+        return Method(name)
+    if name in RULES:
+        return Method(name, name)
+    if name in ("aggregated", "two-stage"):
+        return Method(name, "iterative", 2, 1 if name == "aggregated" else 2)
+    for suffix, stages in (("-aggregated", 1), ("-fixed", 1), ("-two-stage", 2)):
+        if name.endswith(suffix) and name[: -len(suffix)] in RULES:
+            return Method(name, name[: -len(suffix)], 2, stages)
+    rules = ", ".join(RULES)
+    raise InputError(
+        f"unknown method {name!r}: choose from {', '.join(FIXED_METHODS)}; {rules}; aggregated, two-stage; "
+        "RULE-aggregated (or RULE-fixed), RULE-two-stage"
+    )
+
+
+def recipe_path(name: str) -> Path:
+    """A shipped recipe's file, or a path given as such.
+
+    Raises:
+        InputError: no such recipe; the message lists those there are.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise InputError(f"recipe file {name} does not exist")
+        return Path(name)
+    folder = Path(str(resources.files("lldfast") / "recipes"))
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise InputError(f"unknown recipe {name!r}: choose from {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}")
+    return path
+
+
+def parse_config(argv: list[str], prog: str = "lldfast train") -> Config:
+    """Defaults < `--recipe NAME` (demo unless --config is given) < `--config FILE` < `--section.key value`.
+
+    Raises:
+        InputError: a value that makes no sense. A misspelt option ends the program as argparse does.
+    """
+    from jsonargparse import ArgumentParser
+
+    args: list[str] = []
+    recipe: str | None = None
+    rest = iter(argv)
+    for arg in rest:
+        key, _, value = arg.partition("=")
+        if key in ("--recipe", "--method", "--methods"):
+            value = value or next(rest, "")
+            if not value:
+                raise InputError(f"{key} needs a value")
+            if key == "--recipe":
+                recipe = value
+            else:
+                names = value.strip("[] ").split(",")
+                args.append("--methods=[" + ", ".join(name.strip().strip("'\"") for name in names) + "]")
+        else:
+            args.append(arg)
+    if recipe is None and not any(arg.split("=")[0] == "--config" for arg in args):
+        recipe = DEFAULT_RECIPE
+    if recipe is not None:
+        args = [f"--config={recipe_path(recipe)}", f"--recipe={recipe}", *args]
+    parser = ArgumentParser(prog=prog, description="Train with a designed domain mixture: Algorithm 1, pass 2 and the baselines.")
+    parser.add_argument("--config", action="config", help="a YAML file, over the recipe")
+    parser.add_class_arguments(Config)
+    values = parser.instantiate_classes(parser.parse_args(args))
+    config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+    config.check()
+    return config

@@ -1,0 +1,142 @@
+"""Files that survive a kill at any moment: atomic writes, folders published by one rename, a lock for writers.
+
+Everything that lasts is written to a temporary name in the same folder, flushed to disk, and renamed: a reader sees the
+old content or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lldfast.errors import BusyError, CorruptError, InputError, WriteError
+
+
+@contextlib.contextmanager
+def explain_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError of the block (disk full, read-only) into a `WriteError` that names `path`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds, delete it when it raises.
+
+    Raises:
+        WriteError: the block or the rename failed with an OSError.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    with explain_write_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            fd = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, final)
+            fsync_folder(final.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON, and hides an error."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON.
+
+    Raises:
+        InputError: there is no such file.
+        CorruptError: the file is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is not valid JSON ({error})") from None
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the writer's lock of `folder` (created if absent); the kernel frees it when the process dies.
+
+    Raises:
+        BusyError: another process holds it; the message names its host and pid.
+    """
+    folder = Path(folder)
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "a+", encoding="utf-8")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            raise BusyError(f"{folder} is being written by another process ({owner})") from None
+        handle.truncate(0)
+        handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
+        handle.flush()
+        try:
+            yield
+        finally:
+            handle.truncate(0)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; publish it under that name when the block succeeds.
+
+    A `folder` that exists already is replaced: it is moved aside, and removed once the new one stands.
+    """
+    final = Path(folder)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    with explain_write_errors(final):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for item in temporary.rglob("*"):
+                if item.is_file():
+                    fd = os.open(item, os.O_RDONLY)
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+            old = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
+            if final.exists():
+                os.rename(final, old)
+            os.rename(temporary, final)
+            fsync_folder(final.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,441 @@
+"""Domain weights from log-likelihood differences: eqs. (5)-(9) of the LLD paper, in numpy.
+
+Notation: K domains, Delta_k = l_k(target) - l_k(base) in nats per token, tau a temperature in the same unit, w0 a prior on
+the simplex (uniform unless given), G = J J^T the Gram matrix of the domain log-likelihood gradients.
+
+Mappings {domain: value} and arrays are both accepted, and the answer has the form of what came in. Mixed calls are aligned
+by NAME: two mappings with different keys are an error, never a silent reordering.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lldfast.errors import InputError
+
+Array = NDArray[np.float64]
+Values = Mapping[str, float] | ArrayLike
+V = TypeVar("V", bound=Values)
+
+# ridge="auto" only makes the K x K system solvable in fp64; a statistical ridge is a choice the caller states.
+MAX_CONDITION = 1e8
+
+
+def align(values: Values, domains: Sequence[str], what: str = "values") -> Array:
+    """Values in the order of `domains`, as float64 [K].
+
+    Raises:
+        InputError: a domain is missing, unknown or repeated, the length differs, or a value is NaN.
+    """
+    if len(set(domains)) != len(domains):
+        raise InputError(f"domains repeat a name: {list(domains)}")
+    if isinstance(values, Mapping):
+        unknown = [name for name in values if name not in set(domains)]
+        if unknown:
+            close = difflib.get_close_matches(str(unknown[0]), list(domains), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; the domains are {list(domains)}"
+            raise InputError(f"{what}: unknown domain {unknown[0]!r}{hint}")
+        missing = [name for name in domains if name not in values]
+        if missing:
+            raise InputError(f"{what}: domain {missing[0]!r} is missing")
+        array = np.array([values[name] for name in domains], dtype=np.float64)
+    else:
+        array = np.asarray(values, dtype=np.float64)
+        if array.shape != (len(domains),):
+            raise InputError(f"{what}: expected {len(domains)} values, one per domain, got shape {array.shape}")
+    bad = np.flatnonzero(np.isnan(array))
+    if len(bad):
+        raise InputError(f"{what}: the value of domain {domains[int(bad[0])]!r} is NaN")
+    return array
+
+
+def _names(values: Values, domains: Sequence[str] | None) -> list[str]:
+    if isinstance(values, Mapping):
+        return list(values) if domains is None else list(domains)
+    if domains is not None:
+        return list(domains)
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise InputError(f"expected one value per domain, got shape {array.shape}")
+    return [str(k) for k in range(len(array))]
+
+
+def _like(values: Values, names: Sequence[str], array: Array) -> Any:
+    return dict(zip(names, array.tolist(), strict=True)) if isinstance(values, Mapping) else array
+
+
+def simplex(values: Values, domains: Sequence[str], what: str = "weights") -> Array:
+    """Weights in the order of `domains`, normalised to sum 1 (Table 4 of the paper sums to 0.99903: rounding is forgiven).
+
+    Raises:
+        InputError: an entry is negative or not finite, or all are zero.
+    """
+    array = align(values, domains, what)
+    bad = np.flatnonzero(~np.isfinite(array) | (array < 0))
+    if len(bad):
+        raise InputError(f"{what}: the weight of domain {domains[int(bad[0])]!r} is {array[bad[0]]}, not a finite number >= 0")
+    if array.sum() <= 0:
+        raise InputError(f"{what}: all weights are zero")
+    return array / array.sum()
+
+
+def softmax(logits: Array) -> Array:
+    """Softmax over the last axis; -inf entries get weight 0."""
+    top = logits.max(axis=-1, keepdims=True)
+    if not np.isfinite(top).all():
+        raise InputError("softmax: the largest logit is not finite")
+    weights = np.exp(logits - top)
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _log(weights: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        return np.log(weights)
+
+
+def _check_tau(tau: float) -> None:
+    if not tau > 0:
+        raise InputError(f"tau must be > 0 (inf gives the prior), got {tau}")
+
+
+def _check_delta(delta: Array, domains: Sequence[str]) -> None:
+    bad = np.flatnonzero(~np.isfinite(delta))
+    if len(bad):
+        raise InputError(f"delta: the value of domain {domains[int(bad[0])]!r} is {delta[bad[0]]}")
+
+
+def lld_weights(
+    delta: V, *, tau: float = 1.0, prior: Values | None = None, floor: float = 0.0, domains: Sequence[str] | None = None
+) -> V:
+    """Iterative-LLD, eq. (7): `w_k ~ w0_k exp(Delta_k / tau)`.
+
+    Args:
+        delta: l(target) - l(base) per domain [K], nats per token.
+        tau: temperature in the unit of delta; inf returns the prior.
+        prior: w0 [K]; uniform by default. Normalised here.
+        floor: least weight of any domain, see `with_floor`.
+        domains: names of the K entries when `delta` is an array and `prior` a mapping.
+
+    Returns:
+        Weights on the simplex [K], in the form of `delta`.
+
+    Raises:
+        InputError: tau <= 0, a delta that is not finite, names that do not match.
+    """
+    _check_tau(tau)
+    names = _names(delta, domains)
+    d = align(delta, names, "delta")
+    _check_delta(d, names)
+    w = softmax(_log_prior(prior, names) + (d - d.mean()) / tau)
+    return _like(delta, names, with_floor(w, floor))  # type: ignore[no-any-return]
+
+
+def _log_prior(prior: Values | None, names: Sequence[str]) -> Array:
+    return np.zeros(len(names)) if prior is None else _log(simplex(prior, names, "prior"))
+
+
+@dataclass(frozen=True)
+class AdjustedDirection:
+    """`v = G^-1 Delta` and what it takes to read it: see `adjusted_direction`."""
+
+    v: Array  # [K], after normalisation
+    scale: float  # factor by which G^-1 Delta was multiplied
+    offset: float  # mean of v: eq. (6) ignores it after the softmax, yet it depends on a common offset of Delta
+    contrast: Array  # v - offset [K]
+    condition: float  # of G with its ridge
+    ridge: float  # added to the diagonal, in the unit of G
+
+
+def adjusted_direction(
+    gram: ArrayLike, delta: ArrayLike, *, normalise: str = "spread", ridge: float | Literal["auto"] = "auto"
+) -> AdjustedDirection:
+    """Solve `G v = Delta` (eq. (4)'s unconstrained optimum) for symmetric, possibly singular G [K, K].
+
+    Args:
+        normalise: "spread" multiplies v so that std(v) = std(Delta), which keeps the meaning of tau; "trace" uses
+            G K / tr G, so that G ~ I gives back eq. (7); "none" is the literal eq. (6).
+        ridge: added to the diagonal, in the unit of G. "auto" adds the least that brings the condition number down to 1e8
+            (nothing for a well-conditioned G).
+
+    Raises:
+        InputError: shapes, a G that is not finite, not symmetric or zero, unknown `normalise`, negative ridge.
+    """
+    g = np.asarray(gram, dtype=np.float64)
+    d = np.asarray(delta, dtype=np.float64)
+    if d.ndim != 1 or g.shape != (len(d), len(d)):
+        raise InputError(f"gram must be [K, K] for delta [K], got {g.shape} and {d.shape}")
+    if not np.isfinite(g).all():
+        raise InputError("gram has entries that are not finite")
+    if not np.allclose(g, g.T, rtol=1e-6, atol=1e-9 * max(float(np.abs(g).max(initial=0.0)), 1e-300)):
+        raise InputError("gram is not symmetric")
+    if normalise not in ("spread", "trace", "none"):
+        raise InputError(f"normalise must be 'spread', 'trace' or 'none', got {normalise!r}")
+    values, vectors = np.linalg.eigh((g + g.T) / 2)
+    if values[-1] <= 0:
+        raise InputError("gram has no positive eigenvalue")
+    values = np.clip(values, 0.0, None)  # a debiased estimate can dip below zero
+    if ridge == "auto":
+        amount = max(0.0, (values[-1] - MAX_CONDITION * values[0]) / (MAX_CONDITION - 1))
+    else:
+        amount = float(ridge)
+        if not amount >= 0:
+            raise InputError(f"ridge must be >= 0 or 'auto', got {ridge}")
+        if values[0] + amount <= 0:
+            raise InputError("gram is singular and ridge is 0: give a ridge or 'auto'")
+    values = values + amount
+    v = vectors @ ((vectors.T @ d) / values)
+    scale = 1.0
+    if normalise == "spread" and np.ptp(v) > 1e-12 * max(float(np.abs(v).max()), 1e-300):
+        scale = float(d.std() / v.std())
+    elif normalise == "trace":
+        scale = float(np.trace(g) / len(d))
+    v = v * scale
+    return AdjustedDirection(v, scale, float(v.mean()), v - v.mean(), float(values[-1] / values[0]), float(amount))
+
+
+def adjusted_lld_weights(
+    gram: ArrayLike,
+    delta: V,
+    *,
+    tau: float = 1.0,
+    prior: Values | None = None,
+    normalise: str = "spread",
+    ridge: float | Literal["auto"] = "auto",
+    floor: float = 0.0,
+    domains: Sequence[str] | None = None,
+) -> V:
+    """Adjusted-LLD, eq. (6): `w_k ~ w0_k exp((G^-1 Delta)_k / tau)`.
+
+    Args:
+        gram: G = J J^T [K, K] in the order of `delta` (of `domains` when given).
+        normalise, ridge: see `adjusted_direction`; the paper's literal rule is normalise="none", ridge=0.
+
+    Returns:
+        Weights on the simplex [K], in the form of `delta`.
+
+    Raises:
+        InputError: as `lld_weights` and `adjusted_direction`.
+    """
+    _check_tau(tau)
+    names = _names(delta, domains)
+    d = align(delta, names, "delta")
+    _check_delta(d, names)
+    direction = adjusted_direction(gram, d, normalise=normalise, ridge=ridge)
+    w = softmax(_log_prior(prior, names) + direction.contrast / tau)
+    return _like(delta, names, with_floor(w, floor))  # type: ignore[no-any-return]
+
+
+def with_floor(weights: Array, floor: float) -> Array:
+    """`(1 - K floor) w + floor`: every domain gets at least `floor`, the order of the others is kept."""
+    k = weights.shape[-1]
+    if not 0 <= floor * k <= 1:
+        raise InputError(f"floor must lie in [0, 1/K] = [0, {1 / k:.4g}], got {floor}")
+    return weights if floor == 0 else (1 - k * floor) * weights + floor
+
+
+def aggregate_weights(
+    weights: Sequence[Values] | Mapping[Any, Values] | NDArray[np.float64],
+    *,
+    method: str = "geometric",
+    step_weights: ArrayLike | None = None,
+    domains: Sequence[str] | None = None,
+) -> Any:
+    """Aggregated-LLD, eq. (8): the normalised geometric mean over steps, `wbar_k ~ prod_t w_{t,k}^{a_t}`, sum a = 1.
+
+    It is `argmin_w sum_t a_t KL(w || w_t)` (eq. (9)); `method="arithmetic"` minimises the squared distance instead.
+
+    Args:
+        weights: S weight vectors: a sequence of mappings or arrays [K], a mapping {step: weights}, or an array [S, K].
+        step_weights: a_t >= 0 [S], normalised here; equal by default (the paper).
+
+    Returns:
+        A mapping when the steps are mappings, else an array [K].
+
+    Raises:
+        InputError: no steps, names that differ between steps, or no domain has a positive geometric mean.
+    """
+    rows: list[Any] = list(weights.values()) if isinstance(weights, Mapping) else list(weights)
+    if not rows:
+        raise InputError("aggregate_weights: no steps to aggregate")
+    names = _names(rows[0], domains)
+    w = np.stack([simplex(row, names, f"weights of step {i}") for i, row in enumerate(rows)])  # [S, K]
+    a = np.ones(len(rows)) if step_weights is None else np.asarray(step_weights, dtype=np.float64)
+    if a.shape != (len(rows),) or not np.isfinite(a).all() or (a < 0).any() or a.sum() <= 0:
+        raise InputError(f"step_weights must be {len(rows)} finite numbers >= 0 with a positive sum")
+    a = a / a.sum()
+    if method == "geometric":
+        used = a > 0  # 0 * log 0 of a step that does not count would be NaN
+        logits = (a[used, None] * _log(w[used])).sum(axis=0)
+        if not np.isfinite(logits).any():
+            raise InputError("aggregate_weights: every domain has weight 0 at some step, so the geometric mean is 0")
+        wbar = softmax(logits)
+    elif method == "arithmetic":
+        wbar = (a[:, None] * w).sum(axis=0)
+    else:
+        raise InputError(f"method must be 'geometric' or 'arithmetic', got {method!r}")
+    return _like(rows[0], names, wbar)
+
+
+def entropy(weights: ArrayLike) -> float:
+    """Entropy of weights [K], in nats."""
+    w = np.asarray(weights, dtype=np.float64)
+    w = w[w > 0] / w.sum()
+    return float(-(w * np.log(w)).sum())
+
+
+def effective_domains(weights: Values) -> float:
+    """Effective number of domains, exp(H(w)): K for uniform weights, 1 for a single domain."""
+    return float(np.exp(entropy(list(weights.values()) if isinstance(weights, Mapping) else weights)))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule from Delta_t (and G_t) to w_t, with every option that can be changed after the run.
+
+    Attributes:
+        name: "iterative" (eq. (7)); "adjusted" (eq. (6)); "spread" (eq. (7) with tau scaled by std(Delta_t));
+            "adjusted-spread" (eq. (6) at the same sharpness as "spread"); "mirror" (mirror descent with its state kept,
+            `logits += step_size (Delta_t - mean) * (elapsed steps / total steps)`; appendix A.3's one step is eq. (7)).
+        tau: nats per token; a pure number for the two "spread" rules; unused by "mirror".
+        tau_end: temperature at the last step; tau moves there geometrically. None keeps tau.
+        prior: w0 in the order of the domains; None is uniform.
+    """
+
+    name: str = "iterative"
+    tau: float = 1.0
+    tau_end: float | None = None
+    step_size: float = 4.0
+    floor: float = 0.0
+    normalise: str = "spread"
+    ridge: float | Literal["auto"] = "auto"
+    prior: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in RULES:
+            raise InputError(f"unknown rule {self.name!r}; the rules are {', '.join(RULES)}")
+        _check_tau(self.tau)
+        if self.tau_end is not None:
+            _check_tau(self.tau_end)
+        if not self.step_size > 0:
+            raise InputError(f"step_size must be > 0, got {self.step_size}")
+
+    @property
+    def needs_gram(self) -> bool:
+        return self.name.startswith("adjusted")
+
+    def temperature(self, progress: float) -> float:
+        """tau at `progress` in [0, 1] of the run."""
+        if self.tau_end is None or self.tau_end == self.tau:
+            return self.tau
+        return float(self.tau ** (1 - progress) * self.tau_end**progress)
+
+    def logits(self, delta: Array, gram: Array | None, progress: float, elapsed: float, state: Array) -> Array:
+        """Log of the unnormalised weights relative to the prior [K]. `elapsed` is the part of the run since the last
+        estimate, `state` what this method returned then (zeros before the first)."""
+        tau = self.temperature(progress)
+        if self.name == "mirror":
+            return state + self.step_size * (delta - delta.mean()) * elapsed
+        if self.needs_gram:
+            if gram is None:
+                raise InputError(f"rule {self.name!r} needs a Gram matrix at every step")
+            direction = adjusted_direction(gram, delta, normalise=self.normalise, ridge=self.ridge).contrast
+        else:
+            direction = delta - delta.mean()
+        if self.name.endswith("spread"):
+            sigma = float(direction.std())
+            direction = direction / sigma if sigma > 0 else direction
+        return direction / tau
+
+    def weights(self, logits: Array) -> Array:
+        """Weights [K] of `logits`, with prior and floor."""
+        prior = 0.0 if self.prior is None else _log(np.asarray(self.prior, dtype=np.float64))
+        return with_floor(softmax(logits + prior), self.floor)
+
+
+RULES = ("iterative", "spread", "mirror", "adjusted", "adjusted-spread")
+
+
+def replay(
+    rule: Rule, steps: Sequence[int], total: int, deltas: ArrayLike, grams: Sequence[Array | None] | None = None
+) -> Array:
+    """The weights [S, K] that `rule` gives along stored Delta_t [S, K] of a run of `total` steps.
+
+    For the rule of the run itself this is what the run used; for any other it is the answer on the same trajectory.
+    """
+    d = np.asarray(deltas, dtype=np.float64)
+    if d.ndim != 2 or len(d) != len(steps):
+        raise InputError(f"deltas must be [S, K] for {len(steps)} steps, got {d.shape}")
+    state = np.zeros(d.shape[1])
+    rows = []
+    for i, step in enumerate(steps):
+        elapsed = (step - steps[i - 1]) / total if i else 0.0
+        state = rule.logits(d[i], None if grams is None else grams[i], step / total, elapsed, state)
+        rows.append(rule.weights(state))
+    return np.stack(rows) if rows else np.zeros((0, d.shape[1]))
+
+
+def elapsed_weights(steps: Sequence[int], total: int) -> Array:
+    """Share of the run that each estimate was in force [S]: S is dense early, and equal step weights would count the first
+    hundred steps as more than half of the run."""
+    ends = [*steps[1:], total]
+    return np.array([end - start for start, end in zip(steps, ends, strict=True)], dtype=np.float64) / total
+
+
+def two_stage_weights(
+    steps: Sequence[int], total: int, weights: Array, *, method: str = "geometric", elapsed: bool = True, split: float = 0.5
+) -> tuple[int, Array, Array]:
+    """Appendix C.2: one mixture for each half of the run. Returns (first step of the second stage, w of stage 1, of stage 2).
+
+    Estimates in force in a stage count for the time they were in force there (`elapsed=True`), or once each when they were
+    taken in that stage.
+    """
+    if not 0 < split < 1:
+        raise InputError(f"split must lie between 0 and 1, got {split}")
+    boundary = max(1, round(total * split))
+    s = np.asarray(steps)
+    ends = np.append(s[1:], total)
+    first = np.clip(np.minimum(ends, boundary) - s, 0, None).astype(float)
+    second = np.clip(ends - np.maximum(s, boundary), 0, None).astype(float)
+    if not elapsed:
+        first, second = (s < boundary).astype(float), (s >= boundary).astype(float)
+        if second.sum() == 0:
+            raise InputError(f"no estimate at or after step {boundary}: nothing to aggregate for the second stage")
+    one = aggregate_weights(weights, method=method, step_weights=first)
+    two = aggregate_weights(weights, method=method, step_weights=second)
+    return boundary, one, two
+
+
+def bootstrap_deltas(
+    difference: ArrayLike, counts: ArrayLike, domain: Sequence[str], domains: Sequence[str], *, n: int = 200, seed: int = 0
+) -> Array:
+    """Bootstrap replicates of Delta over texts [n, K]: the texts of each domain are drawn with replacement.
+
+    Args:
+        difference: target minus base log-likelihood per text [N], nats.
+        counts: what a domain's sum is divided by, per text [N] (base tokens, bytes or ones).
+
+    The same seed draws the same texts whatever the differences are, so replicate b of two steps of one run belongs to one
+    resampled corpus, and standard errors of aggregated weights come out right.
+    """
+    diff, count = np.asarray(difference, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    names = np.asarray(domain, dtype=object)
+    out = np.empty((n, len(domains)))
+    for k, name in enumerate(domains):
+        index = np.flatnonzero(names == name)
+        if not len(index):
+            raise InputError(f"domain {name!r} has no evaluation texts")
+        rng = np.random.default_rng([seed, k])
+        picks = index[rng.integers(0, len(index), (n, len(index)))]
+        out[:, k] = diff[picks].sum(axis=1) / count[picks].sum(axis=1)
+    return out
+
+
+def standard_errors(replicates: Array, rule: Callable[[Array], Array]) -> Array:
+    """Standard error of `rule(replicate)` over the first axis of `replicates`."""
+    return np.stack([rule(replicate) for replicate in replicates]).std(axis=0, ddof=1)

@@ -1,0 +1,81 @@
+import errno
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from lldfast.errors import BusyError, CorruptError, InputError, WriteError
+from lldfast.files import atomic_folder, atomic_path, folder_lock, read_json, write_json
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        _ = 1 / 0
+    assert read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_disk_full_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match=r"a\.json: No space left"):
+        write_json(path, {"new": 2})
+    with pytest.raises(WriteError, match="folder"), atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "x").write_text("y")
+    monkeypatch.undo()
+    assert read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_nan_is_not_json(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_read_json_says_what_is_wrong(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"x": ')
+    with pytest.raises(CorruptError, match=r"bad\.json"):
+        read_json(tmp_path / "bad.json")
+
+
+def test_folder_is_published_whole_and_replaced(tmp_path):
+    target = tmp_path / "out"
+    for n in (1, 2):
+        with atomic_folder(target) as temporary:
+            (temporary / "f").write_text(str(n))
+            if n == 2:
+                assert (target / "f").read_text() == "1"
+    assert (target / "f").read_text() == "2"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def _hold(folder, ready, release):
+    with folder_lock(folder):
+        ready.set()
+        release.wait(30)
+
+
+def test_second_writer_is_refused_and_a_dead_one_forgotten(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready, release))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(BusyError, match=f"pid {process.pid}"), folder_lock(tmp_path):
+        pass
+    process.kill()
+    process.join()
+    with folder_lock(tmp_path):
+        assert json.dumps(str(os.getpid())).strip('"') in (tmp_path / ".lock").read_text()

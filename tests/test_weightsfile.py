@@ -1,0 +1,98 @@
+"""Weights files: round trip, offline recomputation from stored Delta_t, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lldfast.errors import CorruptError, InputError
+from lldfast.weights import Rule, aggregate_weights, lld_weights, replay
+from lldfast.weightsfile import disclosure, load_weights, read_weights_file, recompute, rule_fields, save_weights
+
+rng = np.random.default_rng(0)
+NAMES = ["Github", "Pile-CC", "Wikipedia (en)"]
+STEPS, TOTAL = [0, 1, 2, 4, 10, 20], 30
+DELTAS = rng.normal(size=(6, 3))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished pass 1 of the iterative rule."""
+    w = replay(Rule(), STEPS, TOTAL, DELTAS)
+    trajectory = [
+        {"step": s, "delta": dict(zip(NAMES, d.tolist(), strict=True)), "weights": dict(zip(NAMES, x.tolist(), strict=True)), "gram": None}
+        for s, d, x in zip(STEPS, DELTAS, w, strict=True)
+    ]
+    path = tmp_path / "weights.json"
+    recipe = dict(zip(NAMES, aggregate_weights(w).tolist(), strict=True))
+    save_weights(path, recipe, total_steps=TOTAL, trajectory=trajectory, **rule_fields(Rule()))
+    replicates = DELTAS[:, None, :] + 0.1 * rng.normal(size=(6, 40, 3))
+    np.savez(tmp_path / "delta_bootstrap.npz", steps=np.array(STEPS), deltas=replicates)
+    return path
+
+
+def values(file):
+    return np.array([file["weights"][name] for name in NAMES])
+
+
+def test_recompute_the_recipe_itself(run):
+    np.testing.assert_allclose(values(recompute(run)), values(read_weights_file(run)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0, 10.0])
+def test_any_tau_by_the_closed_form(run, tau):
+    out = recompute(run, rule=Rule(tau=tau))
+    np.testing.assert_allclose(values(out), lld_weights(DELTAS.mean(axis=0), tau=tau), rtol=1e-9)
+    assert out["tau"] == tau and len(out["weights_se"]) == 3 and all(v > 0 for v in out["weights_se"].values())
+
+
+def test_subsets_rules_and_stages(run):
+    late = recompute(run, steps=[10, 20])
+    np.testing.assert_allclose(values(late), lld_weights(DELTAS[4:].mean(axis=0)), rtol=1e-9)
+    last = recompute(run, aggregate="none")
+    np.testing.assert_allclose(values(last), lld_weights(DELTAS[-1]), rtol=1e-9)
+    mirror = recompute(run, rule=Rule("mirror"))
+    assert mirror["step_weights"] == "elapsed" and not np.allclose(values(mirror), values(late))
+    two = recompute(run, stages=2)
+    assert [s["from_step"] for s in two["stages"]] == [0, 15]
+    with pytest.raises(InputError, match="no estimate at step 3"):
+        recompute(run, steps=[3])
+    with pytest.raises(InputError, match="Gram"):
+        recompute(run, rule=Rule("adjusted"))
+
+
+def test_load_checks_names(run, tmp_path):
+    assert list(load_weights(run, NAMES[::-1])) == NAMES[::-1]
+    with pytest.raises(InputError, match=r"weights\.json: unknown domain 'Github'; did you mean 'GitHub'"):
+        load_weights(run, ["GitHub", "Pile-CC", "Wikipedia (en)"])
+    with pytest.raises(InputError, match="'ArXiv' is missing"):
+        load_weights(run, [*NAMES, "ArXiv"])
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps({"a": 3, "b": 1}))
+    assert load_weights(plain) == {"a": 0.75, "b": 0.25}
+    with pytest.raises(InputError, match="fixed, not estimated"):
+        recompute(plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("[1, 2]", InputError, "expected a JSON object"),
+        ('{"a": "x"}', InputError, "neither"),
+        ('{"a": 1', CorruptError, "not valid JSON"),
+        ('{"a": -1, "b": 2}', InputError, "-1"),
+        ('{"format": "lldfast-weights", "version": 9, "weights": {"a": 1}}', CorruptError, "version 9"),
+        ('{"format": "lldfast-weights", "version": 1, "weights": {}}', InputError, "no weights"),
+    ],
+)
+def test_bad_files(tmp_path, text, error, message):
+    path = tmp_path / "w.json"
+    path.write_text(text)
+    with pytest.raises(error, match=message):
+        load_weights(path)
+
+
+def test_disclosure_names_the_target():
+    assert "'Gemma-2B'" in disclosure("iterative", {"name": "Gemma-2B", "licence": "gemma"})
+    assert "not stated" in disclosure("iterative", {"name": "x", "licence": None})
+    assert "not estimated from a target" in disclosure(None, None)
