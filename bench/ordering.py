@@ -81,7 +81,16 @@ def collect(results: list[tuple[str, int, dict[str, Any]]], base: str) -> dict[s
             continue
         for row in ([summary["base_row"]] if summary["base_row"] else []) + summary["rows"]:
             values = found.setdefault(row["method"], {})
-            for key in ("kl", "kl_between", "true_kl", "nll_gap", "weight_kl", "effective_domains", "final_loss", "max_grad_norm"):
+            for key in (
+                "kl",
+                "kl_between",
+                "true_kl",
+                "nll_gap",
+                "weight_kl",
+                "effective_domains",
+                "final_loss",
+                "max_grad_norm",
+            ):
                 if row.get(key) is not None:
                     values.setdefault(key, []).append(row[key])
     return found
@@ -120,7 +129,9 @@ def verdicts(found: dict[str, dict[str, list[float]]]) -> list[str]:
             sd = ((statistics.variance(a) + statistics.variance(b)) / 2) ** 0.5 if len(a) > 1 else float("nan")
             wins = sum(x < y for x, y in zip(a, b, strict=True))
             word = "holds" if gap > sd and wins == len(a) else "within the seed spread" if abs(gap) <= sd else "does NOT hold"
-            lines.append(f"- {near} nearer than {far} by {label}: {word} (gap {gap:.3g}, pooled sd {sd:.2g}, {wins}/{len(a)} seeds)")
+            lines.append(
+                f"- {near} nearer than {far} by {label}: {word} (gap {gap:.3g}, pooled sd {sd:.2g}, {wins}/{len(a)} seeds)"
+            )
     return lines
 
 
@@ -146,7 +157,15 @@ def main() -> None:
     if data is None:
         shards, _, _ = open_data(parse_config([f"--out={o.out}", *o.extra]))
         data = str(shards.path)
-    options = {"out": o.out, "methods": o.methods, "steps": o.steps, "times": o.times, "data": data, "extra": o.extra, "report": o.reports}
+    options = {
+        "out": o.out,
+        "methods": o.methods,
+        "steps": o.steps,
+        "times": o.times,
+        "data": data,
+        "extra": o.extra,
+        "report": o.reports,
+    }
     results = []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(o.jobs, mp_context=context) as pool:
@@ -156,7 +175,7 @@ def main() -> None:
             results.append((base, seed, job.result()))
             print(f"{base}, seed {seed}: done", flush=True)
 
-    parts = [f"{o.steps} steps, seeds {o.seeds}, {platform.processor() or platform.machine()}, {date.today()}; mean +- sd over seeds, bits/byte"]
+    parts = [f"{o.steps} steps, seeds {o.seeds}, {platform.machine()}, {date.today()}; mean +- sd over seeds, bits/byte"]
     record: dict[str, Any] = {"steps": o.steps, "seeds": o.seeds, "date": str(date.today()), "bases": {}}
     for base in o.bases:
         found = collect(results, base)

@@ -60,6 +60,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+# ruff: noqa: F401  (for type checkers and editors; at run time __getattr__ loads these)
 if TYPE_CHECKING:
     from lldfast import divergence, gram, modelmap, schedule, weights
     from lldfast.backends import backends

@@ -1,4 +1,4 @@
-"""The command line: `lldfast <command>`, also `python -m lldfast <command>`. Errors a user can act on print without a traceback."""
+"""The command line: `lldfast <command>` or `python -m lldfast <command>`. Errors a user can act on print without a traceback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(args[1:])
             return 0
         options = build_parser().parse_args(args)
-        return int(options.run(options) or 0)
+        return int(options.execute(options) or 0)
     except LLDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -56,11 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int)
     p.add_argument("--overwrite", action="store_true")
     p.add_argument("--quiet", action="store_true")
-    p.set_defaults(run=run_prepare)
+    p.set_defaults(execute=run_prepare)
 
     p = commands.add_parser("verify", help="check a prepared folder: sizes, checksums, ids, evaluation texts kept apart")
     p.add_argument("path")
-    p.set_defaults(run=run_verify)
+    p.set_defaults(execute=run_verify)
 
     p = commands.add_parser("score", help="log-likelihood vector of a model on an evaluation corpus -> Parquet")
     p.add_argument("model", help="lldfast checkpoint folder, Hugging Face folder or id, .gguf, asset:..., package:...")
@@ -70,11 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--bos", choices=["auto", "native", "none"], default="auto")
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    p.set_defaults(run=run_score)
+    p.set_defaults(execute=run_score)
 
     p = commands.add_parser("kl", help="eq. (2) between scored models, in bits per byte")
     p.add_argument("vectors", nargs="+", help="Parquet files of `lldfast score`")
-    p.set_defaults(run=run_kl)
+    p.set_defaults(execute=run_kl)
 
     p = commands.add_parser("weights", help="recompute domain weights offline from a run's stored Delta_t")
     p.add_argument("run", metavar="RUN", help="a run folder, a method's folder, or a weights.json")
@@ -83,20 +83,22 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tau", type=float)
     p.add_argument("--step-size", type=float, help="of mirror")
     p.add_argument("--floor", type=float)
-    p.add_argument("--aggregate", choices=["geometric", "arithmetic", "none"], default="geometric", help="none: the last estimate")
+    p.add_argument(
+        "--aggregate", choices=["geometric", "arithmetic", "none"], default="geometric", help="none: the last estimate"
+    )
     p.add_argument("--step-weights", choices=["equal", "elapsed"])
     p.add_argument("--stages", type=int, choices=[1, 2], default=1)
     p.add_argument("--steps", type=int, nargs="+", help="use these estimates only")
     p.add_argument("--out", help="weights file to write")
-    p.set_defaults(run=run_weights)
+    p.set_defaults(execute=run_weights)
 
     p = commands.add_parser("report", help="write report.html of a run folder again")
     p.add_argument("run")
     p.add_argument("--out")
-    p.set_defaults(run=run_report)
+    p.set_defaults(execute=run_report)
 
     p = commands.add_parser("env", help="what runs here, and why something does not")
-    p.set_defaults(run=run_env)
+    p.set_defaults(execute=run_env)
     return parser
 
 
@@ -177,9 +179,7 @@ def run_weights(o: argparse.Namespace) -> None:
     path = find_trajectory(Path(o.run), o.method)
     changes = {"name": o.rule, "tau": o.tau, "step_size": o.step_size, "floor": o.floor}
     rule = dataclasses.replace(rule_of(read_weights_file(path)), **{k: v for k, v in changes.items() if v is not None})
-    result = recompute(
-        path, rule=rule, aggregate=o.aggregate, step_weights=o.step_weights, steps=o.steps, stages=o.stages
-    )
+    result = recompute(path, rule=rule, aggregate=o.aggregate, step_weights=o.step_weights, steps=o.steps, stages=o.stages)
     print(f"{path}: rule {rule.name}, tau {rule.tau:g}, {o.aggregate}, {result['step_weights']} step weights")
     for stage in result["stages"] or [{"weights": result["weights"]}]:
         if "from_step" in stage:

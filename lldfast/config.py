@@ -26,7 +26,7 @@ class DataConfig:
     Attributes:
         path: a folder made by `lldfast prepare`; when unset, `source` is prepared into OUT/data.
         source: "builtin", or files, folders and dataset ids as `lldfast prepare` takes them.
-        domain_field: label field of a document, dots for nesting; unset for a folder per domain.
+        domain_field: label field of a document, dots for nesting; unset: a folder per domain, or a usual name (see `prepare`).
         tokenizer: gpt2, bytes, bpe (trained on the corpus, see vocab_size), a tokenizer.json, a model folder, a hub id.
         domains: keep only these.
         eval_texts: evaluation texts in all, drawn in proportion to the domains' bytes.
@@ -36,7 +36,7 @@ class DataConfig:
 
     path: str | None = None
     source: list[str] = field(default_factory=lambda: ["builtin"])
-    domain_field: str | None = "meta.pile_set_name"
+    domain_field: str | None = None
     text_field: str = "text"
     tokenizer: str = "gpt2"
     vocab_size: int | None = None
@@ -309,7 +309,7 @@ def parse_config(argv: list[str], prog: str = "lldfast train") -> Config:
     parser = ArgumentParser(prog=prog, description="Train with a designed domain mixture: Algorithm 1, pass 2 and the baselines.")
     parser.add_argument("--config", action="config", help="a YAML file, over the recipe")
     parser.add_class_arguments(Config)
-    values = parser.instantiate_classes(parser.parse_args(args))
+    values = parser.instantiate(parser.parse_args(args))
     config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
     config.check()
     return config

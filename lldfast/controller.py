@@ -1,12 +1,12 @@
 """LLDController: when to estimate, from which Delta, and which weights follow. Every trainer's adapter wraps this object.
 
-    controller = LLDController(evalset, target, steps=10_000, rule="iterative")
-    for step in range(10_000):
-        weights = controller.step(step, model)
-        if weights is not None:
-            mixture.set_weights(weights)
-        ...                                      # the optimiser step
-    fixed = controller.aggregate()               # eq. (8), the recipe for pass 2
+controller = LLDController(evalset, target, steps=10_000, rule="iterative")
+for step in range(10_000):
+    weights = controller.step(step, model)
+    if weights is not None:
+        mixture.set_weights(weights)
+    ...                                      # the optimiser step
+fixed = controller.aggregate()               # eq. (8), the recipe for pass 2
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class LLDController:
             target = target.select("estimate")
         if len(target) != len(evalset) or not np.array_equal(target.n_bytes, evalset.n_bytes):
             raise InputError(
-                f"the target was scored on other texts than the controller's: {len(target)} and {len(evalset)} texts to estimate on"
+                f"the target was scored on other texts than the controller's: {len(target)} and {len(evalset)} texts"
             )
         self.evalset, self.target, self.tokenizer = evalset, target, tokenizer
         self.domains = list(evalset.domains)
@@ -196,7 +196,9 @@ class LLDController:
             "deltas": np.array(self.deltas).reshape(len(self.steps), k),
             "weights": np.array(self.weights).reshape(len(self.steps), k),
             "grams": np.array([self.grams[i] for i in made]).reshape(len(made), k, k),
-            "replicates": np.array(self.replicates).reshape(len(self.replicates), -1, k) if self.replicates else np.zeros((0, 0, k)),
+            "replicates": np.array(self.replicates).reshape(len(self.replicates), -1, k)
+            if self.replicates
+            else np.zeros((0, 0, k)),
             "logits": self._logits.copy(),
         }
 

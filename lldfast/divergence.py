@@ -122,9 +122,7 @@ def true_kl(
     if not by_domain:
         return float(nats.sum() / (n_bytes.sum() * math.log(2)))
     names = np.asarray(evaluated.domain, dtype=object)
-    return {
-        name: float(nats[names == name].sum() / (n_bytes[names == name].sum() * math.log(2))) for name in evaluated.domains
-    }
+    return {name: float(nats[names == name].sum() / (n_bytes[names == name].sum() * math.log(2))) for name in evaluated.domains}
 
 
 def weight_kl(p: Values, q: Values) -> float:

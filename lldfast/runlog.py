@@ -78,7 +78,9 @@ class RunLog:
         self.name, self.total = name, total
         self.jsonl = JsonlLog(Path(folder) / "log.jsonl", keep=lambda record: record["step"] < start)
         # a bar only where someone watches; a log file gets plain lines instead
-        self.bar = tqdm(total=total, initial=start, desc=name, unit="step", leave=True) if progress and sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=total, initial=start, desc=name, unit="step", leave=True) if progress and sys.stderr.isatty() else None
+        )
         self._writer: Any = None
         self._wandb: Any = None
         if tensorboard:

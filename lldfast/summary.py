@@ -83,9 +83,9 @@ def disagreements(rows: list[dict[str, Any]]) -> list[str]:
             f"eq. (2) is {min(scale):.0f} to {max(scale):.0f} times the true KL here: between models this far apart it ranks, "
             "it does not measure; read it beside the true KL and the NLL gap"
         )
-    if rows and not measured:
+    if not measured and any(row["kl"] is not None for row in rows):
         warnings.append(
-            "no true KL: the target does not share the base's tokenizer (or there is no target). Eq. (2) is blind to a shift that "
+            "no true KL: the target does not share the base's tokenizer, or there is none. Eq. (2) is blind to a shift that "
             "is the same for all texts, so read it beside the NLL gap"
         )
     return warnings
@@ -101,9 +101,13 @@ def instability(name: str, log: list[dict[str, Any]]) -> list[str]:
     late = sorted(r["grad_norm"] for r in log[len(log) // 2 :])
     found = []
     if late[-1] > 20 * late[len(late) // 2]:
-        found.append(f"{name}: the gradient norm reached {late[-1]:.1f} late in the run (median {late[len(late) // 2]:.2f}): unstable")
+        found.append(
+            f"{name}: the gradient norm reached {late[-1]:.1f} late in the run (median {late[len(late) // 2]:.2f}): unstable"
+        )
     if end > 1.5 * best and end > best + 1:
-        found.append(f"{name}: the loss ended at {end:.2f} after it had been {best:.2f}: diverged, or the mixture moved to harder text")
+        found.append(
+            f"{name}: the loss ended at {end:.2f} after it had been {best:.2f}: diverged, or the mixture moved to harder text"
+        )
     return found
 
 
@@ -115,7 +119,10 @@ def table(summary: dict[str, Any]) -> str:
     for row in rows:
         cells.append(["-" if row.get(key) is None else form.format(row[key]) for key, _, form in columns])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
+    ]
     lines.insert(1, "-" * len(lines[0]))
     unit = "KL and NLL gap in bits/byte on texts that no weight was estimated on; KL(w||truth) in nats; lower is closer"
     return "\n".join([*lines, unit, *(f"warning: {warning}" for warning in summary["warnings"])])

@@ -27,7 +27,7 @@ from lldfast.config import Config, Method, TargetConfig, parse_config, parse_met
 from lldfast.controller import LLDController
 from lldfast.data.mixture import DomainMixture
 from lldfast.errors import InputError, TrainingError
-from lldfast.experiment import Experiment, open_data
+from lldfast.experiment import Experiment, open_data, resolve_location
 from lldfast.files import folder_lock, write_json
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
@@ -89,7 +89,7 @@ def make_source(exp: Experiment, method: Method) -> Source:
     if method.name == "proportional":
         return Source([(0, exp.shards.proportions())])
     if method.name == "fixed":
-        return Source([(0, load_weights(str(config.lld.weights), exp.domains))])
+        return Source([(0, load_weights(resolve_location(str(config.lld.weights)), exp.domains))])
     if method.name == "ground-truth":
         if exp.ground_truth is None:
             raise InputError("method 'ground-truth': the target's own mixture is not known; give target.weights")
@@ -121,9 +121,7 @@ def make_source(exp: Experiment, method: Method) -> Source:
         raise InputError(f"{path} holds no trajectory of weights: a two-stage recipe cannot be made from it")
     total = int(file["total_steps"])
     array = np.array([[w[name] for name in exp.domains] for w in weights])
-    plan = combine(
-        steps, total, array, aggregate=config.lld.aggregate, step_weights="elapsed", stages=2, split=config.lld.split
-    )
+    plan = combine(steps, total, array, aggregate=config.lld.aggregate, step_weights="elapsed", stages=2, split=config.lld.split)
     scale = config.train.steps / total  # a pass 1 of another length is stretched to this run
     named = [(round(step * scale), dict(zip(exp.domains, w.tolist(), strict=True))) for step, w in plan]
     return Source(named, origin=file)
@@ -210,11 +208,11 @@ def train_method(exp: Experiment, name: str) -> None:
             x, y = exp.to_device(batch.x[part]), exp.to_device(batch.y[part])
             with exp.autocast():
                 hidden = forward(x)
-            token_loss = linear_cross_entropy(
-                hidden, model.head_weight, y, valid_vocab=model.config.valid_vocab, reduction="none"
-            )  # [B, T]
-            (token_loss.mean() / micro_batches).backward()
-            losses.append(token_loss.detach().mean(dim=1))
+            mean, logprob = linear_cross_entropy(
+                hidden, model.head_weight, y, valid_vocab=model.config.valid_vocab, return_logprob=True
+            )  # the mean's gradient; log-probabilities [B, T] only to report domains apart
+            (mean / micro_batches).backward()
+            losses.append(-logprob.mean(dim=1))
         sequence_loss = torch.cat(losses).double().cpu().numpy()  # [batch_size]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), t.grad_clip or math.inf))
         loss = float(sequence_loss.mean())
@@ -237,7 +235,7 @@ def train_method(exp: Experiment, name: str) -> None:
                     "grad_norm": grad_norm,
                     "tokens_per_s": window_tokens / max(now - window_began, 1e-9),
                     "loss_by_domain": by_domain(sequence_loss, batch.domain, mixture.domains),
-                    "weights": mixture.weights,
+                    "weights": in_force(mixture),
                 },
                 line=step % (10 * config.log.every) == 0 or last,
             )
@@ -247,14 +245,12 @@ def train_method(exp: Experiment, name: str) -> None:
             if source.controller is not None:
                 arrays |= source.controller.state_dict()
             state = {"mixture": mixture.state_dict(), "seconds": seconds + time.perf_counter() - began}
-            save_checkpoint(
-                folder / "checkpoints", step=step + 1, model=model, optimizer=optimizer, state=state, arrays=arrays
-            )
+            save_checkpoint(folder / "checkpoints", step=step + 1, model=model, optimizer=optimizer, state=state, arrays=arrays)
 
     seconds += time.perf_counter() - began
     record = measure(exp, scorer, t.steps, folder, mixture, metrics, log)
     recipe = write_method_weights(exp, method, source, folder)
-    model.save(folder / "final", tokenizer_describe=exp.tokenizer.describe(), extra={"domain_weights": recipe, "name": name})
+    model.save(folder / "final", tokenizer_describe=exp.tokenizer, extra={"domain_weights": recipe, "name": name})
     log.close()
     metrics.close()
     write_json(folder / "result.json", {"method": name, "seconds": seconds, "tokens": t.steps * exp.tokens_per_step, **record})
@@ -265,12 +261,16 @@ def measure(
     exp: Experiment, scorer: Scorer, step: int, folder: Path, mixture: DomainMixture, metrics: JsonlLog, log: RunLog
 ) -> dict[str, Any]:
     """One line of metrics.jsonl; nothing without a target."""
-    record = exp.measure(scorer, step, folder, mixture.weights)
+    record = exp.measure(scorer, step, folder, in_force(mixture))
     if record is None:
         return {}
     metrics.write(record)
     log.measured(record)
     return record
+
+
+def in_force(mixture: DomainMixture) -> Weights:
+    return dict(zip(mixture.domains, mixture.weights.tolist(), strict=True))
 
 
 def by_domain(sequence_loss: np.ndarray, domain: np.ndarray, domains: list[str]) -> Weights:

@@ -361,9 +361,7 @@ class Rule:
 RULES = ("iterative", "spread", "mirror", "adjusted", "adjusted-spread")
 
 
-def replay(
-    rule: Rule, steps: Sequence[int], total: int, deltas: ArrayLike, grams: Sequence[Array | None] | None = None
-) -> Array:
+def replay(rule: Rule, steps: Sequence[int], total: int, deltas: ArrayLike, grams: Sequence[Array | None] | None = None) -> Array:
     """The weights [S, K] that `rule` gives along stored Delta_t [S, K] of a run of `total` steps.
 
     For the rule of the run itself this is what the run used; for any other it is the answer on the same trajectory.

@@ -187,7 +187,14 @@ def recompute(
 
 
 def recipe_errors(
-    rule: Rule, steps: Sequence[int], total: int, replicates: Array, grams: Sequence[Array | None], *, aggregate: str, step_weights: str
+    rule: Rule,
+    steps: Sequence[int],
+    total: int,
+    replicates: Array,
+    grams: Sequence[Array | None],
+    *,
+    aggregate: str,
+    step_weights: str,
 ) -> Array:
     """Standard errors [K] of an aggregated recipe, by the bootstrap over texts: replicates of Delta_t [S, B, K]."""
 

@@ -13,7 +13,10 @@ rng = np.random.default_rng(0)
 N = 60
 DOMAIN = np.array(["a"] * 20 + ["b"] * 40, dtype=object)
 BYTES = rng.integers(300, 1024, N)
-CODE = [0.0915, 0.0127, 0.00143, 0.00745, 0.0625, 0.202, 0.0222, 0.0165, 0.00306, 0.00388, 0.185, 0.0314, 0.147, 0.137, 0.0373, 0.0235, 0.0156]  # fmt: skip
+CODE = [  # Table 4, column Code
+    0.0915, 0.0127, 0.00143, 0.00745, 0.0625, 0.202, 0.0222, 0.0165, 0.00306,
+    0.00388, 0.185, 0.0314, 0.147, 0.137, 0.0373, 0.0235, 0.0156,
+]  # fmt: skip
 
 
 class Vector(SimpleNamespace):
@@ -58,7 +61,11 @@ def test_standard_error_matches_simulation():
 
 def test_other_texts_are_refused():
     a = vector(np.zeros(N))
-    for other in (vector(np.zeros(3), DOMAIN[:3], BYTES[:3]), vector(np.zeros(N), DOMAIN, BYTES + 1), vector(np.zeros(N), DOMAIN[::-1])):
+    for other in (
+        vector(np.zeros(3), DOMAIN[:3], BYTES[:3]),
+        vector(np.zeros(N), DOMAIN, BYTES + 1),
+        vector(np.zeros(N), DOMAIN[::-1]),
+    ):
         with pytest.raises(InputError, match="different texts"):
             kl(a, other)
         with pytest.raises(InputError, match="different texts"):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from lldfast.errors import InputError
@@ -29,5 +31,5 @@ def test_options():
 def test_learning_rate():
     rates = [learning_rate(s, 1000, peak=6e-4, final=6e-5, warmup=100) for s in range(1000)]
     assert rates[0] == pytest.approx(6e-6) and rates[99] == pytest.approx(6e-4) and rates[-1] == pytest.approx(6e-5)
-    assert max(rates) == pytest.approx(6e-4) and all(a >= b for a, b in zip(rates[100:], rates[101:], strict=False))
+    assert max(rates) == pytest.approx(6e-4) and all(a >= b for a, b in itertools.pairwise(rates[100:]))
     assert learning_rate(0, 1, peak=1.0, final=0.1, warmup=0) == 1.0

@@ -20,7 +20,12 @@ def run(tmp_path):
     """A finished pass 1 of the iterative rule."""
     w = replay(Rule(), STEPS, TOTAL, DELTAS)
     trajectory = [
-        {"step": s, "delta": dict(zip(NAMES, d.tolist(), strict=True)), "weights": dict(zip(NAMES, x.tolist(), strict=True)), "gram": None}
+        {
+            "step": s,
+            "delta": dict(zip(NAMES, d.tolist(), strict=True)),
+            "weights": dict(zip(NAMES, x.tolist(), strict=True)),
+            "gram": None,
+        }
         for s, d, x in zip(STEPS, DELTAS, w, strict=True)
     ]
     path = tmp_path / "weights.json"

@@ -1,0 +1,90 @@
+"""Encoding speed of `lldfast prepare` against bare tiktoken: same documents, same threads, turn about.
+
+    python bench/bench_prepare.py [INPUT ...] [--threads 2] [--rounds 5]
+
+"encode" is the second reading of `prepare` as it runs: decompress, parse, drop held-out documents, encode, write part
+files. "prepare" is everything, from the inputs to the published folder. Bare tiktoken gets a list of texts that is in
+memory already, so its figure holds no input or output at all. Before anything is timed, the tokens are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lldfast.data.encode import Part, encode
+from lldfast.data.evalplan import make_plan
+from lldfast.data.prepare import prepare
+from lldfast.data.sources import Source
+from lldfast.data.tokenizer import TiktokenTokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="*", default=["builtin"], help="as `lldfast prepare` takes them (default: builtin)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    tokenizer = TiktokenTokenizer("gpt2")
+    plan = make_plan(Source(options.inputs), eval_texts=1000, eval_per_domain=None, estimate_share=0.5, seed=0)
+    texts = [document.text for document in Source(options.inputs).documents()]
+    rank = list(plan.domains)
+
+    def bare() -> list[list[int]]:
+        return tokenizer.encoding.encode_ordinary_batch(texts, num_threads=options.threads)
+
+    def encode_into(folder: Path) -> list[Path]:
+        return encode(Source(options.inputs), plan, tokenizer, folder, seed=0, workers=options.threads)
+
+    check(bare(), encode_into, plan.units, plan.held)
+    megabytes = plan.n_bytes / 1e6
+    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, {len(texts)} documents, {megabytes:.1f} MB, {len(rank)} domains")
+    print(f"{'round':>5}  {'bare':>10}  {'encode':>10}  {'ratio':>6}  {'prepare':>10}  {'ratio':>6}   (MB/s)")
+    ratios: list[tuple[float, float]] = []
+    for i in range(options.rounds):
+        with tempfile.TemporaryDirectory() as name:
+            parts, whole = Path(name) / "parts", Path(name) / "whole"
+            parts.mkdir()
+            seconds = [
+                timed(bare),
+                timed(lambda parts=parts: encode_into(parts)),
+                timed(lambda whole=whole: prepare(options.inputs, whole, eval_texts=1000, workers=options.threads, progress=False)),
+            ]
+        ratios.append((seconds[0] / seconds[1], seconds[0] / seconds[2]))
+        a, b, c = (megabytes / s for s in seconds)
+        print(f"{i:>5}  {a:>10.1f}  {b:>10.1f}  {ratios[-1][0]:>6.2f}  {c:>10.1f}  {ratios[-1][1]:>6.2f}")
+    medians = [statistics.median(ratio[k] for ratio in ratios) for k in (0, 1)]
+    print(f"median ratio to bare tiktoken: encode {medians[0]:.2f}, prepare {medians[1]:.2f}")
+
+
+def check(expected: list[list[int]], encode_into: Callable[[Path], list[Path]], units: object, held: frozenset[str]) -> None:
+    """Every training document's tokens must be those of bare tiktoken, each followed by end-of-text."""
+    known = {np.array([*ids, 50256], np.uint16).tobytes() for ids in expected}
+    with tempfile.TemporaryDirectory() as name:
+        found = 0
+        for path in encode_into(Path(name)):
+            part = Part.load(path)
+            ends = np.cumsum(part.lengths)
+            for start, end in zip(ends - part.lengths, ends):
+                found += part.tokens[start:end].tobytes() in known
+            cut = len(part.lengths)
+        del cut
+    print(f"{found} documents have the same tokens as bare tiktoken gives")
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

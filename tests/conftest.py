@@ -1,0 +1,105 @@
+"""Shared fixtures: unwritten memory shows, threads are few, and small token shards are at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lldfast.data.shards import ShardWriter, TokenShards, write_manifest
+
+# Programs that tests start must import the installed package too, not the checkout they are started in, which has no extension.
+os.environ["PYTHONSAFEPATH"] = "1"
+
+MakeShards = Callable[..., TokenShards]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.empty gives NaN (floats) or the least integer, so that an output nobody wrote cannot pass for a zero."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poison(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poison(getattr(torch.Tensor, name)))
+    yield
+
+
+def _poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        if tensor.device.type == "meta":
+            return tensor
+        with torch.no_grad():
+            if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+                return tensor.fill_(float("nan"))
+            if tensor.dtype in (torch.int64, torch.int32, torch.int16):
+                return tensor.fill_(torch.iinfo(tensor.dtype).min)
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture(scope="session")
+def make_shards() -> MakeShards:
+    """make_shards(folder, {domain: documents}, vocab_size=257, eot=256, dtype="uint16"): a document is its tokens without EOT."""
+
+    def make(
+        folder: Path,
+        documents: Mapping[str, Sequence[Sequence[int] | np.ndarray]],
+        vocab_size: int = 257,
+        eot: int = 256,
+        dtype: str = "uint16",
+    ) -> TokenShards:
+        tokenizer = {
+            "name": "bytes",
+            "kind": "bytes",
+            "hash": "b" * 32,
+            "vocab_size": vocab_size,
+            "eot": eot,
+            "bos": None,
+            "file": None,
+        }
+        entries = {}
+        for domain, texts in documents.items():
+            with ShardWriter(folder / "shards", domain, dtype) as writer:
+                for text in texts:
+                    writer.add(np.append(np.asarray(text, dtype=np.int64), eot), n_bytes=len(text))
+                entries[domain] = writer.close()
+        write_manifest(folder / "shards", tokenizer, vocab_size, entries)
+        return TokenShards(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample_texts() -> dict[str, list[str]]:
+    """Four small domains that differ in kind and in size, one with a name that no file system likes."""
+    rng = np.random.default_rng(7)
+    words = ["the", "of", "and", "model", "data", "gradient", "river", "stone", "quiet", "light", "market", "in", "to", "a"]
+    prose = [" ".join(rng.choice(words, size=int(n))) + "." for n in rng.integers(20, 60, 40)]
+    code = [f"def f_{i}(x):\n    y = x * {i}\n    return y + {i * 7 % 13}\n" for i in range(50)]
+    maths = [f"{a} + {b} = {a + b}; {a} * {b} = {a * b}\n" for a, b in rng.integers(0, 999, (70, 2)).tolist()]
+    greek = ["γνῶθι σεαυτόν, μηδὲν ἄγαν " * int(n) for n in rng.integers(1, 6, 15)]
+    return {"Prose": prose, "Code (Python)": code, "DM/Maths": maths, "Ελληνικά": greek}
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, make_shards: MakeShards, sample_texts: dict[str, list[str]]) -> TokenShards:
+    """The sample texts as byte tokens (vocabulary 257, EOT 256). Shared by the session: do not write into it."""
+    documents = {domain: [list(text.encode()) for text in texts] for domain, texts in sample_texts.items()}
+    return make_shards(tmp_path_factory.mktemp("prepared"), documents)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).resolve().parent.parent

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from lldfast.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from lldfast.errors import CorruptError, InputError
+
+
+def made(width=8, seed=0):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 3))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+
+def steps(model, optimizer, n, seed):
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        model(torch.randn(5, 4, generator=g)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_going_on_gives_the_same_bits(tmp_path):
+    model, optimizer = made()
+    steps(model, optimizer, 3, seed=1)
+    save_checkpoint(tmp_path, step=3, model=model, optimizer=optimizer, state={"x": [1]}, arrays={"a": np.arange(3.0)})
+    steps(model, optimizer, 4, seed=2)
+    other, again = made(seed=9)
+    step, state, arrays = load_checkpoint(list_checkpoints(tmp_path)[-1], model=other, optimizer=again)
+    assert (step, state) == (3, {"x": [1]}) and arrays["a"].tolist() == [0, 1, 2]
+    steps(other, again, 4, seed=2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    model, optimizer = made()
+    for step in (5, 10, 100):
+        save_checkpoint(tmp_path, step=step, model=model, optimizer=optimizer, state={})
+    (tmp_path / ".step-0000200.1-ab.tmp").mkdir()  # what a kill while writing leaves
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000010", "step-0000100"]
+
+
+def test_damage_and_strangers_are_named(tmp_path):
+    model, optimizer = made()
+    path = save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer, state={})
+    with pytest.raises(InputError, match=r"0\.weight is \[8, 4\]"):
+        load_checkpoint(path, model=made(width=16)[0], optimizer=optimizer)
+    with pytest.raises(InputError, match="another model"):
+        load_checkpoint(path, model=torch.nn.Linear(2, 2), optimizer=optimizer)
+    raw = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(CorruptError, match="damaged"):
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    (path / "state.json").write_text("{}")
+    with pytest.raises(CorruptError, match=r"state\.json"):
+        load_checkpoint(path, model=model, optimizer=optimizer)

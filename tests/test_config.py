@@ -1,0 +1,78 @@
+import pytest
+import yaml
+
+from lldfast.config import Config, parse_config, parse_method, recipe_path
+from lldfast.errors import InputError
+
+
+def test_precedence_defaults_recipe_config_options(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {steps: 50, batch_size: 4, micro_batch_size: 2}\nmethods: [uniform]\n")
+    override = tmp_path / "c.yaml"
+    override.write_text("train: {steps: 60}\n")
+    c = parse_config(["--recipe", str(recipe), "--config", str(override), "--train.batch_size=8"])
+    assert (c.train.steps, c.train.batch_size, c.train.micro_batch_size) == (60, 8, 2)
+    assert c.methods == ["uniform"] and c.train.weight_decay == 0.1 and c.recipe == str(recipe)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-target", "paper", "pile-sample", "smollm2"])
+def test_shipped_recipes_parse(name):
+    extra = ["--target.model=x"] if name == "paper" else []
+    c = parse_config(["--recipe", name, *extra])
+    assert c.recipe == name and yaml.safe_load(c.to_yaml())["train"]["steps"] == c.train.steps
+    assert "#" in recipe_path(name).read_text()  # a recipe gives its reasons
+
+
+def test_the_paper_recipe_is_the_papers():
+    c = parse_config(["--recipe", "paper", "--target.model=x"])
+    assert c.train.batch_size * 1024 == 524_288 and c.train.micro_batch_size == 64 and c.train.steps == 10_000
+    assert (c.train.learning_rate, c.train.min_lr, c.train.warmup, c.train.weight_decay) == (6e-4, 6e-5, 0.1, 0.1)
+    assert c.train.draw == "step" and c.lld.tau == 1.0 and c.model.preset == "nano-124m"
+
+
+def test_demo_is_the_default_and_methods_take_commas():
+    assert parse_config([]).recipe == "demo"
+    assert parse_config(["--method", "uniform,mirror"]).methods == ["uniform", "mirror"]
+    assert parse_config(["--methods=[uniform, spread]"]).methods == ["uniform", "spread"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--recipe", "dmeo"], "unknown recipe 'dmeo'.*demo"),
+        (["--recipe", "none.yaml"], "does not exist"),
+        (["--method", "itrative"], "unknown method 'itrative'.*iterative"),
+        (["--method", "uniform,uniform"], "repeats"),
+        (["--method", "fixed"], "lld.weights"),
+        (["--train.steps=0"], "train.steps"),
+        (["--train.micro_batch_size=3"], "does not divide"),
+        (["--train.warmup=2"], "warmup"),
+        (["--train.learning_rate=0"], "learning_rate"),
+        (["--lld.bootstrap=1"], "bootstrap"),
+        (["--target.mixture={a: 1}"], "not both"),
+        (["--method"], "needs a value"),
+    ],
+)
+def test_bad_values_name_the_parameter(args, message):
+    with pytest.raises(InputError, match=message):
+        parse_config(args)
+
+
+def test_a_misspelt_option_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--train.stpes=3"])
+    assert "train.stpes" in capsys.readouterr().err
+
+
+def test_rules_need_a_target():
+    with pytest.raises(InputError, match=r"'iterative' needs target\.model"):
+        Config(methods=["iterative"]).check()
+    Config(methods=["uniform"]).check()
+
+
+def test_method_names():
+    assert parse_method("aggregated").rule == "iterative" and parse_method("aggregated").passes == 2
+    assert parse_method("mirror-fixed") == parse_method("mirror-fixed")
+    assert parse_method("mirror-two-stage").stages == 2
+    assert parse_method("adjusted-spread").passes == 1
+    assert parse_method("ground-truth").rule is None

@@ -1,0 +1,327 @@
+"""models/scorer.py: taking models apart, first tokens, windows, GGUF, identities."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lldfast.data.evalset import EvalSet
+from lldfast.data.tokenizer import load_tokenizer, train_bpe
+from lldfast.errors import InputError, MissingDependencyError
+from lldfast.models import scorer as module
+from lldfast.models.gpt import GPT, GPTConfig
+from lldfast.models.scorer import Scorer, load_scorer, windows
+
+TEXTS = ["The quick brown fox.", "naïve café", "x", "0 1 2 3 4 5 6 7 8 9 " * 4, "<|endoftext|> is text here"]
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {**LAYERS, "intermediate_size": 48, "max_position_embeddings": 64}
+FAMILIES = {
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "GPTNeoX": SIZES,
+    "Llama": {**SIZES, "num_key_value_heads": 1},
+    "Gemma2": {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 5.0},
+    "Granite": {**SIZES, "logits_scaling": 4.0},
+    "Cohere": {**SIZES, "logit_scale": 0.0625},
+    "OPT": {**LAYERS, "ffn_dim": 48, "word_embed_proj_dim": 16},
+    "Phi": SIZES,  # its head has a bias
+    "Mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}
+
+
+def tiny(family, vocab=300):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, f"{family}ForCausalLM") and family not in ("GPT2",):
+        pytest.skip(f"this transformers has no {family}")
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=vocab, bos_token_id=0, eos_token_id=0, pad_token_id=0, **FAMILIES[family]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() >= 2:
+                    p.normal_(0, 0.15)
+                elif p.abs().max() == 0:
+                    p.normal_(0, 0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(["the quick brown fox jumps over the lazy dog", "0 1 2 3 4 5 6 7 8 9"], 290)
+
+
+@pytest.fixture
+def texts():
+    return EvalSet.from_texts(TEXTS, ["a", "b", "b", "c", "c"])
+
+
+def adding_bos(tokenizer):
+    """The same BPE whose own default is to put <|endoftext|> first."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    eot = "<|endoftext|>"
+    backend.post_processor = TemplateProcessing(single=f"{eot} $A", special_tokens=[(eot, tokenizer.eot)])
+    transformers = pytest.importorskip("transformers")
+    return load_tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=eot, eos_token=eot))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_head_give_the_models_logits(family, bpe):
+    model = tiny(family)
+    scorer = load_scorer(model, tokenizer=bpe)
+    assert scorer.separate_head and scorer.identity["head"] == "weight", scorer.identity["head"]
+    ids = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        torch.testing.assert_close(scorer.head().logits(scorer.hidden(ids)), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scorer.logits(ids), want)
+    assert scorer.vocab_size == 300
+    assert scorer.context_length == (module.UNLIMITED if family == "Mamba" else 2048 if family == "OPT" else 64)
+
+
+@pytest.mark.parametrize(
+    "family,option,value", [("Gemma2", "softcap", 5.0), ("Granite", "logit_scale", 0.25), ("Cohere", "logit_scale", 0.0625)]
+)
+def test_the_head_carries_its_options(family, option, value, bpe):
+    assert load_scorer(tiny(family), tokenizer=bpe).head().options()[option] == value
+
+
+def test_the_head_carries_its_bias(bpe):
+    model = tiny("Phi")
+    assert load_scorer(model, tokenizer=bpe).head().bias is model.lm_head.bias
+
+
+def test_a_head_that_does_something_else_falls_back_to_logits(bpe):
+    model = tiny("Llama")
+    plain = model.forward
+    model.forward = lambda **kwargs: _twice(plain(**kwargs))
+    scorer = load_scorer(model, tokenizer=bpe)
+    assert not scorer.separate_head and "differs from the model's logits" in scorer.identity["head"]
+    with pytest.raises(InputError, match="cannot be told apart"):
+        scorer.hidden(torch.zeros(1, 2, dtype=torch.long))
+    with pytest.raises(InputError, match="cannot be told apart"):
+        scorer.head()
+
+
+def _twice(out):
+    out.logits = out.logits * 2
+    return out
+
+
+def test_a_quantised_head_falls_back_to_logits(bpe):
+    class Packed(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model = tiny("Llama")
+    model.lm_head = Packed(model.lm_head)
+    scorer = load_scorer(model, tokenizer=bpe)
+    assert not scorer.separate_head and "no plain output matrix" in scorer.identity["head"]
+
+
+def test_taking_apart_leaves_the_mode(bpe):
+    model = tiny("Llama").train()
+    Scorer(model, bpe, name="m", kind="hf", source="memory", context_length=64)
+    assert model.training
+
+
+def test_bos_is_put_once(bpe, texts):
+    first = adding_bos(bpe)
+    assert first.adds_bos and first.bos == bpe.eot
+    for tokenizer, mode, prefix in [
+        (bpe, "auto", [bpe.eot]),
+        (first, "auto", [bpe.eot]),
+        (first, "native", [bpe.eot]),
+        (bpe, "native", []),
+        (bpe, "none", []),
+        (first, "none", []),
+    ]:
+        scorer = load_scorer(tiny("Llama"), tokenizer=tokenizer, bos=mode)
+        for segment, text in zip(_by_text(scorer.tokenize(texts)), TEXTS, strict=True):
+            assert segment == [*prefix, *bpe.encode(text)][: len(segment)] or len(segment) == 0
+            assert segment.count(bpe.eot) == (len(prefix) if segment else 0)
+        assert scorer.with_bos("none").bos_id is None and scorer.bos == mode
+
+
+def _by_text(segments):
+    return [next((s.ids.tolist() for s in segments if s.text == i), []) for i in range(len(TEXTS))]
+
+
+def test_models_without_any_first_token(texts):
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.eot = None
+    scorer = Scorer.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), tokenizer)
+    assert scorer.bos_id is None
+    assert sum(len(s) - s.first for s in scorer.tokenize(texts)) == sum(len(t.encode()) - 1 for t in TEXTS)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 6, 7, 11, 16, 17, 40])
+@pytest.mark.parametrize("overlap", [0, 1, 4])
+def test_windows_score_every_token_once(n, overlap):
+    ids = np.arange(n)
+    found = []
+    for s in windows(3, ids, 5, overlap):
+        assert s.text == 3 and 1 <= len(s) <= 5 and np.array_equal(np.diff(s.ids), np.ones(len(s)))
+        assert len(s) == 5 or s.first == 0 or n - 1 == s.ids[-1]
+        found += s.ids[1 + s.first :].tolist()
+    assert found == list(range(1, n))
+
+
+def test_tokenisation_is_cached_per_set_rule_and_overlap(texts, monkeypatch):
+    scorer = Scorer.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), load_tokenizer("bytes"))
+    calls = []
+    encode = scorer._encode
+    monkeypatch.setattr(scorer, "_encode", lambda t: calls.append(1) or encode(t))
+    for _ in range(3):
+        scorer.tokenize(texts)
+    assert len(calls) == 1
+    scorer.tokenize(texts, overlap=3)
+    scorer.tokenize(texts.select(domains="b"))
+    assert len(calls) == 3
+    for i in range(6):
+        scorer.tokenize(EvalSet.from_texts([f"text {i}"], ["a"]))
+    assert len(scorer.tokenized) == module.TOKENIZED_SETS
+
+
+def test_tokenizer_larger_than_the_model(bpe, texts):
+    scorer = load_scorer(tiny("Llama", vocab=100), tokenizer=bpe)
+    with pytest.raises(InputError, match=r"text \d \(domain [abc]\) has token \d+, outside the vocabulary of 100"):
+        scorer.tokenize(texts)
+    with pytest.raises(InputError, match="ids, the model only 257"):
+        Scorer.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), bpe)
+
+
+def test_gpt_folder(tmp_path, texts):
+    tokenizer = train_bpe(TEXTS, 280)
+    gpt = GPT(GPTConfig(320, tokenizer.vocab_size, 32, 1, 2, 16), seed=1)
+    extra = {"name": "Mine", "licence": "MIT", "domain_weights": {"a": 1.0}}
+    gpt.save(tmp_path / "mine", tokenizer_describe=tokenizer, extra=extra)
+    scorer = load_scorer(tmp_path / "mine")
+    identity = scorer.identity
+    assert (identity["name"], identity["kind"], identity["licence"]) == ("Mine", "gpt", "MIT")
+    assert identity["extra"]["domain_weights"] == {"a": 1.0} and len(identity["hash"]) == 64
+    assert scorer.tokenizer.hash == tokenizer.hash and scorer.vocab_size == tokenizer.vocab_size
+    assert torch.equal(scorer.head().weight, gpt.head_weight) and not scorer.module.training
+    gpt.save(tmp_path / "bare")
+    with pytest.raises(InputError, match="names no tokenizer"):
+        load_scorer(tmp_path / "bare")
+    assert load_scorer(tmp_path / "bare", tokenizer=tokenizer).tokenizer is tokenizer
+
+
+def test_identity_follows_weights_in_training():
+    gpt = GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0)
+    scorer = Scorer.from_gpt(gpt, load_tokenizer("bytes"), name="run")
+    before = scorer.identity
+    assert before == scorer.identity and before["parameters"] == gpt.num_params() and before["bos"] == {"mode": "auto", "id": 256}
+    with torch.no_grad():
+        gpt.wte.weight[0, 0] += 1
+    assert scorer.identity["hash"] != before["hash"]
+
+
+def test_hugging_face_folder(tmp_path, bpe):
+    model = tiny("Llama")
+    model.save_pretrained(tmp_path)
+    bpe.save(tmp_path)
+    (tmp_path / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# Model\n")
+    scorer = load_scorer(tmp_path, dtype="bfloat16")
+    assert scorer.identity["licence"] == "apache-2.0" and scorer.identity["dtype"] == "bfloat16"
+    assert scorer.tokenizer.hash == bpe.hash and scorer.identity["head"] == "weight"
+    again = load_scorer(tmp_path).identity["hash"]
+    assert again == scorer.identity["hash"]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(tmp_path)
+    assert load_scorer(tmp_path).identity["hash"] != again
+    assert load_scorer(tmp_path, context_length=8).context_length == 8
+    with pytest.raises(InputError, match="context_length=65"):
+        load_scorer(tmp_path, context_length=65)
+
+
+def test_bad_arguments(tmp_path, bpe):
+    with pytest.raises(InputError, match="no such model folder"):
+        load_scorer(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"neither model\.json nor config\.json"):
+        load_scorer(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        load_scorer(tmp_path / "m.gguf")
+    with pytest.raises(InputError, match="dtype='int8'"):
+        load_scorer(tmp_path, dtype="int8")
+    with pytest.raises(InputError, match="bos='twice'"):
+        load_scorer(tiny("Llama"), tokenizer=bpe, bos="twice")
+    with pytest.raises(InputError, match="needs tokenizer="):
+        load_scorer(tiny("Llama"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="transformers cannot load"):
+        load_scorer(tmp_path)
+    with pytest.raises(InputError, match="overlap=64"):
+        load_scorer(tiny("Llama"), tokenizer=bpe).tokenize(EvalSet.from_texts(["a"], ["b"]), overlap=64)
+
+
+def test_gguf_needs_its_packages(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(MissingDependencyError, match="GGUF files need the package gguf"):
+        load_scorer(tmp_path / "m.gguf")
+
+
+def test_gguf_is_converted_once(tmp_path, monkeypatch):
+    for package in ("gguf", "accelerate", "transformers"):
+        pytest.importorskip(package)
+    file = write_tiny_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setenv("LLDFAST_CACHE", str(tmp_path / "cache"))
+    scorer = load_scorer(file)
+    identity = scorer.identity
+    assert (identity["name"], identity["kind"], identity["licence"]) == ("Tiny", "gguf", "mit")
+    assert scorer.separate_head and identity["dtype"] == "float32"
+    assert len(scorer.tokenizer.encode("ab")) == 1 and scorer.tokenizer.decode(scorer.tokenizer.encode("abc")) == "abc"
+    monkeypatch.setattr(module, "_convert_gguf", lambda *a: pytest.fail("converted a second time"))
+    assert load_scorer(file).identity == identity
+
+
+def write_tiny_gguf(file: Path) -> Path:
+    """A Llama of one layer with a byte-level vocabulary."""
+    import gguf
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    d, heads, vocab = 32, 2, 258
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_name("Tiny")
+    writer.add_license("mit")
+    writer.add_context_length(64)
+    writer.add_embedding_length(d)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<|endoftext|>", *sorted(ByteLevel.alphabet()), "ab"])
+    writer.add_token_types([3, *[1] * 257])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    shapes = {
+        "token_embd": (vocab, d), "output_norm": (d,), "output": (vocab, d), "blk.0.attn_norm": (d,), "blk.0.ffn_norm": (d,),
+        "blk.0.attn_q": (d, d), "blk.0.attn_k": (d, d), "blk.0.attn_v": (d, d), "blk.0.attn_output": (d, d),
+        "blk.0.ffn_gate": (64, d), "blk.0.ffn_up": (64, d), "blk.0.ffn_down": (d, 64),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(0, 0.2, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+

@@ -1,0 +1,320 @@
+"""The main job end to end on a small corpus: every method, resume after SIGKILL to the bit, replay, and every way to break it."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lldfast.config import Config, LogConfig, ModelConfig, TargetConfig, TrainConfig
+from lldfast.data.prepare import prepare
+from lldfast.errors import BusyError, InputError, TrainingError
+from lldfast.files import folder_lock, read_json
+from lldfast.runlog import read_jsonl
+from lldfast.train import run
+from lldfast.weightsfile import load_weights, save_weights
+
+STEPS = 24
+SENTENCES = {
+    "code": "def f{i}(x, y):\n    return x * {i} + y  # {j}\n\nfor k in range({j}):\n    print(f{i}(k, {i}))\n",
+    "prose": "On day {i} the travellers crossed the river and counted {j} boats; nobody in the village spoke of it. ",
+    "table": "{i}\t{j}\t{i}.{j}\t-{j}\n",
+}
+
+
+def documents(domain, n=14):
+    for i in range(n):
+        yield "".join(SENTENCES[domain].format(i=i * 7 + j, j=j * 3 + i) for j in range(40))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    source = root / "docs.jsonl"
+    with source.open("w", encoding="utf-8") as file:
+        for domain in SENTENCES:
+            for text in documents(domain):
+                file.write(json.dumps({"text": text, "meta": {"set": domain}}) + "\n")
+    return prepare(
+        [str(source)], root / "data", domain_field="meta.set", tokenizer="bytes", eval_per_domain=8, workers=1, progress=False
+    )
+
+
+def config(out, corpus, **changes):
+    base = Config(
+        out=str(out),
+        methods=["uniform"],
+        model=ModelConfig(preset="test-tiny"),
+        train=TrainConfig(
+            steps=STEPS,
+            batch_size=4,
+            micro_batch_size=2,
+            learning_rate=3e-3,
+            min_lr=3e-4,
+            threads=1,
+            checkpoint_every=5,
+            device="cpu",
+        ),
+        log=LogConfig(progress=False, report=False, every=1),
+    )
+    base = dataclasses.replace(
+        base, data=dataclasses.replace(base.data, path=str(corpus)), lld=dataclasses.replace(base.lld, bootstrap=20)
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="session")
+def target(corpus, tmp_path_factory):
+    """A small target trained on known, code-heavy weights."""
+    root = tmp_path_factory.mktemp("target")
+    weights = save_weights(root / "w.json", {"code": 0.8, "prose": 0.1, "table": 0.1}, rule=None, trajectory=[])
+    c = config(root / "run", corpus, methods=["fixed"], seed=99)
+    run(dataclasses.replace(c, lld=dataclasses.replace(c.lld, weights=str(weights))))
+    return root / "run" / "methods" / "fixed" / "final"
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, target, tmp_path_factory):
+    """One run of every kind of method."""
+    out = tmp_path_factory.mktemp("run") / "all"
+    methods = ["uniform", "proportional", "ground-truth", "aggregated", "two-stage", "mirror-fixed", "spread", "adjusted"]
+    c = config(out, corpus, methods=methods, target=TargetConfig(model=str(target)))
+    run(dataclasses.replace(c, log=dataclasses.replace(c.log, report=True)))
+    return out
+
+
+def test_every_method_ends_with_a_row(finished):
+    summary = read_json(finished / "summary.json")
+    assert [row["method"] for row in summary["rows"]] == [
+        "uniform", "proportional", "ground-truth", "iterative", "aggregated", "two-stage", "mirror", "mirror-fixed", "spread",
+        "adjusted",
+    ]  # fmt: skip
+    for row in summary["rows"]:
+        assert row["kl"] == pytest.approx(row["kl_between"] + row["kl_within"])
+        assert row["true_kl"] > 0 and np.isfinite(row["nll_gap"]) and np.isfinite(row["final_loss"])
+    assert summary["rows"][2]["weight_kl"] == pytest.approx(0, abs=1e-9)
+    assert summary["base_row"]["true_kl"] > max(row["true_kl"] for row in summary["rows"])
+    assert "<html" in (finished / "report.html").read_text(encoding="utf-8").lower()
+
+
+def test_the_first_pass_stores_what_it_saw(finished):
+    file = read_json(finished / "methods" / "iterative" / "weights.json")
+    assert [entry["step"] for entry in file["trajectory"]] == sorted({entry["step"] for entry in file["trajectory"]})
+    for entry in file["trajectory"]:
+        d = np.array([entry["delta"][name] for name in file["domains"]])
+        w = np.exp(d - d.max())
+        np.testing.assert_allclose([entry["weights"][name] for name in file["domains"]], w / w.sum(), rtol=1e-9)
+        assert all(value > 0 for value in entry["delta_se"].values())
+    mean = np.mean([[e["delta"][n] for n in file["domains"]] for e in file["trajectory"]], axis=0)
+    closed = np.exp(mean - mean.max())
+    np.testing.assert_allclose([file["weights"][n] for n in file["domains"]], closed / closed.sum(), rtol=1e-9)
+    assert file["target"]["name"] and "target" in file["disclosure"] and file["corpus_hash"] and file["seed"] == 0
+    adjusted = read_json(finished / "methods" / "adjusted" / "weights.json")
+    gram = np.array(adjusted["trajectory"][0]["gram"])
+    np.testing.assert_allclose(gram, gram.T)
+    assert gram.shape == (3, 3) and (gram.diagonal() > 0).all()
+
+
+def test_pass_2_trains_on_the_recipe_of_pass_1(finished):
+    recipe = load_weights(finished / "methods" / "iterative" / "weights.json")
+    for record in read_jsonl(finished / "methods" / "aggregated" / "log.jsonl"):
+        assert record["weights"] == pytest.approx(recipe)
+    stages = read_json(finished / "methods" / "two-stage" / "weights.json")["stages"]
+    log = read_jsonl(finished / "methods" / "two-stage" / "log.jsonl")
+    assert stages[0]["from_step"] == 0 and stages[1]["from_step"] == STEPS // 2
+    assert log[STEPS // 2 - 1]["weights"] == pytest.approx(stages[0]["weights"])
+    assert log[STEPS // 2]["weights"] == pytest.approx(stages[1]["weights"])
+
+
+def test_same_seed_same_start_same_order(finished):
+    """Methods differ in their weights only: at step 0 iterative's base is uniform's base."""
+    first = [read_jsonl(finished / "methods" / m / "metrics.jsonl")[0] for m in ("uniform", "iterative", "mirror")]
+    assert first[0]["kl"] == first[1]["kl"] == first[2]["kl"]
+    a, b = (read_jsonl(finished / "methods" / m / "log.jsonl") for m in ("uniform", "mirror"))
+    assert a[0]["loss"] == b[0]["loss"]  # mirror's first weights are uniform
+
+
+def test_a_finished_run_is_kept(finished, corpus, target, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("methods/*/result.json")}
+    run(config(finished, corpus, methods=["uniform", "mirror"], target=TargetConfig(model=str(target))))
+    assert {p: p.stat().st_mtime_ns for p in finished.glob("methods/*/result.json")} == before
+    assert "finished earlier" in capsys.readouterr().err
+
+
+def test_offline_weights_of_a_run(finished, capsys):
+    from lldfast.__main__ import main
+
+    assert main(["weights", str(finished), "--method", "iterative", "--tau", "0.1"]) == 0
+    assert "tau 0.1" in capsys.readouterr().out
+    assert main(["weights", str(finished)]) == 1
+    assert "--method" in capsys.readouterr().err
+    assert main(["weights", str(finished), "--method", "adjusted", "--rule", "adjusted", "--out", str(finished / "w.json")]) == 0
+    assert load_weights(finished / "w.json")
+
+
+CHILD = """
+import dataclasses, json, sys
+from lldfast.config import *
+from lldfast.train import run
+spec = json.loads(sys.argv[1])
+run(Config(
+    out=spec["out"], methods=spec["methods"], data=DataConfig(path=spec["data"]), model=ModelConfig(preset="test-tiny"),
+    target=TargetConfig(model=spec["target"]), lld=LLDConfig(bootstrap=20),
+    train=TrainConfig(
+        steps=24, batch_size=4, micro_batch_size=2, learning_rate=3e-3, min_lr=3e-4, threads=1, checkpoint_every=5, device="cpu"
+    ),
+    log=LogConfig(progress=False, report=False, every=1),
+))
+"""
+
+
+@pytest.mark.parametrize("method", ["iterative", "mirror"])
+def test_sigkill_and_resume_give_the_same_bits(method, finished, corpus, target, tmp_path):
+    """Killed twice at arbitrary moments, the run ends with the weights, losses and mixture states of one never killed."""
+    spec = json.dumps({"out": str(tmp_path / "run"), "methods": [method], "data": str(corpus), "target": str(target)})
+    log = tmp_path / "run" / "methods" / method / "log.jsonl"
+    for kill_after in (7, 16):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, spec], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while child.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_bytes().count(b"\n") >= kill_after:
+                break
+            time.sleep(0.002)
+        assert child.poll() is None, child.stderr.read().decode()
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stderr.close()
+    done = subprocess.run([sys.executable, "-c", CHILD, spec], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stderr
+    ours, theirs = tmp_path / "run" / "methods" / method, finished / "methods" / method
+    a, b = load_file(ours / "final" / "model.safetensors"), load_file(theirs / "final" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    keep = ("step", "loss", "grad_norm", "weights", "loss_by_domain")
+    trim = [[{k: r[k] for k in keep} for r in read_jsonl(p / "log.jsonl")] for p in (ours, theirs)]
+    assert trim[0] == trim[1] and len(trim[0]) == STEPS
+    assert read_json(ours / "weights.json")["trajectory"] == read_json(theirs / "weights.json")["trajectory"]
+    assert read_jsonl(ours / "metrics.jsonl") == read_jsonl(theirs / "metrics.jsonl")
+    assert not (ours / "checkpoints").exists()
+
+
+def test_an_interrupted_run_keeps_its_finished_methods(corpus, target, tmp_path):
+    c = config(tmp_path / "run", corpus, target=TargetConfig(model=str(target)))
+    run(c)
+    result = (tmp_path / "run" / "methods" / "uniform" / "result.json").read_bytes()
+    bad = save_weights(tmp_path / "w.json", {"code": 0.5, "porse": 0.5}, rule=None, trajectory=[])
+    # lld.weights is part of what makes runs comparable, so a second folder
+    with pytest.raises(InputError, match="another --out"):
+        run(dataclasses.replace(c, methods=["uniform", "fixed"], lld=dataclasses.replace(c.lld, weights=str(bad))))
+    assert (tmp_path / "run" / "methods" / "uniform" / "result.json").read_bytes() == result
+
+
+def test_unknown_domain_in_a_weights_file(corpus, tmp_path):
+    weights = save_weights(tmp_path / "w.json", {"code": 0.5, "porse": 0.25, "table": 0.25}, rule=None, trajectory=[])
+    c = config(tmp_path / "run", corpus, methods=["fixed"])
+    with pytest.raises(InputError, match=r"w\.json: unknown domain 'porse'; did you mean 'prose'"):
+        run(dataclasses.replace(c, lld=dataclasses.replace(c.lld, weights=str(weights))))
+
+
+def test_nan_loss_names_step_and_domain_and_keeps_the_checkpoint(corpus, target, tmp_path, monkeypatch):
+    import lldfast.train as train
+
+    real, calls = train.linear_cross_entropy, []
+
+    def poisoned(*args, **options):
+        calls.append(1)
+        loss, logprob = real(*args, **options)
+        if len(calls) == 2 * 12 + 1:  # the first micro-batch of step 12
+            logprob = logprob.clone()
+            logprob[0] = float("nan")
+            loss = loss * float("nan")
+        return loss, logprob
+
+    monkeypatch.setattr(train, "linear_cross_entropy", poisoned)
+    with pytest.raises(TrainingError, match=r"'uniform', step 12: the loss is not finite on (code|prose|table); .*step-0000010"):
+        run(config(tmp_path / "run", corpus, target=TargetConfig(model=str(target))))
+    monkeypatch.undo()
+    assert all(
+        bool(torch.isfinite(v).all())
+        for v in load_file(tmp_path / "run/methods/uniform/checkpoints/step-0000010/model.safetensors").values()
+    )
+    run(config(tmp_path / "run", corpus, target=TargetConfig(model=str(target))))
+    assert (tmp_path / "run" / "methods" / "uniform" / "result.json").exists()
+
+
+def test_two_writers_and_two_configurations(corpus, tmp_path):
+    c = config(tmp_path / "run", corpus)
+    with folder_lock(tmp_path / "run"):
+        script = CHILD.replace('TargetConfig(model=spec["target"])', "TargetConfig()")
+        spec = json.dumps({"out": str(tmp_path / "run"), "methods": ["uniform"], "data": str(corpus)})
+        done = subprocess.run([sys.executable, "-c", script, spec], capture_output=True, text=True, timeout=120)
+        assert BusyError.__name__ in done.stderr and f"pid {os.getpid()}" in done.stderr
+    run(c)
+    with pytest.raises(InputError, match=r"train\.steps = 24, now it is 25"):
+        run(dataclasses.replace(c, train=dataclasses.replace(c.train, steps=25)))
+
+
+def test_tokenizer_of_shards_and_model_differ(corpus, target, tmp_path):
+    c = config(tmp_path / "run", corpus, model=ModelConfig(preset="test-tiny", init=str(target)))
+    about = json.loads((target / "model.json").read_text())
+    about["tokenizer"]["hash"] = "0" * 16
+    about["tokenizer"]["name"] = "another-bpe"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes((target / "model.safetensors").read_bytes())
+    (other / "model.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="another-bpe"):
+        run(dataclasses.replace(c, model=dataclasses.replace(c.model, init=str(other))))
+    run(c)  # the same tokenizer is fine: continued pretraining
+
+
+def test_a_domain_without_evaluation_texts(corpus, target, tmp_path):
+    import shutil
+
+    from lldfast.data.evalset import EvalSet
+
+    folder = tmp_path / "data"
+    shutil.copytree(corpus, folder)
+    EvalSet.load(folder / "eval.parquet").select(domains=["code", "prose"]).save(folder / "eval.parquet")
+    with pytest.raises(InputError, match="'table' has no evaluation texts"):
+        run(config(tmp_path / "run", folder, target=TargetConfig(model=str(target))))
+
+
+def test_disk_full_while_checkpointing_keeps_the_last_one(corpus, tmp_path, monkeypatch):
+    import errno
+
+    import lldfast.checkpoint as checkpoint
+    from lldfast.errors import WriteError
+
+    real = checkpoint.save_file
+
+    def full(tensors, path, *args, **options):
+        if "step-0000015" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(tensors, path, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(WriteError, match=r"step-0000015.*No space left"):
+        run(config(tmp_path / "run", corpus))
+    folder = tmp_path / "run" / "methods" / "uniform" / "checkpoints"
+    assert [p.name for p in sorted(folder.iterdir())] == ["step-0000005", "step-0000010"]
+    monkeypatch.undo()
+    run(config(tmp_path / "run", corpus))
+    assert (tmp_path / "run" / "methods" / "uniform" / "result.json").exists()
+
+
+def test_draw_modes_and_accumulation_run(corpus, tmp_path):
+    for draw in ("micro_batch", "step"):
+        c = config(tmp_path / draw, corpus)
+        run(dataclasses.replace(c, train=dataclasses.replace(c.train, draw=draw, steps=4)))
+        log = read_jsonl(tmp_path / draw / "methods" / "uniform" / "log.jsonl")
+        assert all(len(r["loss_by_domain"]) <= (1 if draw == "step" else 2) for r in log)
