@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lldfast.data.encode import Part, encode
-from lldfast.data.evalplan import make_plan
+from lldfast.data.evalplan import Plan, digest_of, make_plan
 from lldfast.data.prepare import prepare
 from lldfast.data.sources import Source
 from lldfast.data.tokenizer import TiktokenTokenizer
@@ -36,7 +36,6 @@ def main() -> None:
     tokenizer = TiktokenTokenizer("gpt2")
     plan = make_plan(Source(options.inputs), eval_texts=1000, eval_per_domain=None, estimate_share=0.5, seed=0)
     texts = [document.text for document in Source(options.inputs).documents()]
-    rank = list(plan.domains)
 
     def bare() -> list[list[int]]:
         return tokenizer.encoding.encode_ordinary_batch(texts, num_threads=options.threads)
@@ -44,9 +43,10 @@ def main() -> None:
     def encode_into(folder: Path) -> list[Path]:
         return encode(Source(options.inputs), plan, tokenizer, folder, seed=0, workers=options.threads)
 
-    check(bare(), encode_into, plan.units, plan.held)
+    with tempfile.TemporaryDirectory() as name:
+        check(texts, bare(), encode_into(Path(name)), plan)
     megabytes = plan.n_bytes / 1e6
-    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, {len(texts)} documents, {megabytes:.1f} MB, {len(rank)} domains")
+    print(f"{cpu_name()}, {options.threads} threads; {len(texts)} documents, {megabytes:.1f} MB, {len(plan.domains)} domains")
     print(f"{'round':>5}  {'bare':>10}  {'encode':>10}  {'ratio':>6}  {'prepare':>10}  {'ratio':>6}   (MB/s)")
     ratios: list[tuple[float, float]] = []
     for i in range(options.rounds):
@@ -56,7 +56,7 @@ def main() -> None:
             seconds = [
                 timed(bare),
                 timed(lambda parts=parts: encode_into(parts)),
-                timed(lambda whole=whole: prepare(options.inputs, whole, eval_texts=1000, workers=options.threads, progress=False)),
+                timed(lambda whole=whole: prepare(options.inputs, whole, workers=options.threads, progress=False)),
             ]
         ratios.append((seconds[0] / seconds[1], seconds[0] / seconds[2]))
         a, b, c = (megabytes / s for s in seconds)
@@ -65,19 +65,23 @@ def main() -> None:
     print(f"median ratio to bare tiktoken: encode {medians[0]:.2f}, prepare {medians[1]:.2f}")
 
 
-def check(expected: list[list[int]], encode_into: Callable[[Path], list[Path]], units: object, held: frozenset[str]) -> None:
-    """Every training document's tokens must be those of bare tiktoken, each followed by end-of-text."""
-    known = {np.array([*ids, 50256], np.uint16).tobytes() for ids in expected}
-    with tempfile.TemporaryDirectory() as name:
-        found = 0
-        for path in encode_into(Path(name)):
-            part = Part.load(path)
-            ends = np.cumsum(part.lengths)
-            for start, end in zip(ends - part.lengths, ends):
-                found += part.tokens[start:end].tobytes() in known
-            cut = len(part.lengths)
-        del cut
-    print(f"{found} documents have the same tokens as bare tiktoken gives")
+def check(texts: list[str], expected: list[list[int]], parts: list[Path], plan: Plan) -> None:
+    """Every whole training document must have the tokens that bare tiktoken gives, and then end-of-text."""
+    found = set()
+    for path in parts:
+        part = Part.load(path)
+        ends = np.cumsum(part.lengths)
+        found.update(part.tokens[start:end].tobytes() for start, end in zip(ends - part.lengths, ends))
+    whole = [i for i, text in enumerate(texts) if i not in plan.units and digest_of(text.encode()) not in plan.held]
+    for i in whole:
+        if np.array([*expected[i], 50256], np.uint16).tobytes() not in found:
+            raise SystemExit(f"document {i} has other tokens than bare tiktoken gives it")
+    print(f"{len(whole)} documents have the tokens that bare tiktoken gives")
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def timed(run: Callable[[], object]) -> float:

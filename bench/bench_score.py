@@ -2,15 +2,18 @@
 
     python bench/bench_score.py --model gpt2-124m --model path/to/model.gguf --data eval.parquet --texts 48 --threads 2
 
-`gpt2-124m` is GPT-2's shape with random weights; other models are what `lldfast.models.scorer.load_scorer` takes. The plain loop is
-what one writes without this library: texts sorted by length, padded batches with an attention mask, the model's full logits,
-log_softmax, gather. It runs at each of --batch-sizes, and its best one counts. Methods are interleaved, medians are over rounds.
-Peak memory is the growth of the resident set during a call (Linux).
+`gpt2-124m` is GPT-2's shape with random weights; other models are what `lldfast.models.scorer.load_scorer` takes. The plain
+loop is what one writes without this library: texts sorted by length, padded batches with an attention mask, the model's full
+logits, log_softmax, gather. It runs at each of --batch-sizes, and its best one counts. Methods are interleaved, medians are over
+rounds. Peak memory is the growth of the resident set during a call (Linux). On a machine that others use too, compare the
+processor seconds of runs with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import platform
 import statistics
@@ -52,7 +55,8 @@ def load_texts(path: str | None, n: int) -> EvalSet:
     if path is None:
         rng = np.random.default_rng(0)
         words = ["".join(rng.choice(list("etaoinshrdlu"), size=k)) for k in rng.integers(1, 9, 2000)]
-        return EvalSet.from_texts([" ".join(rng.choice(words, size=180))[: int(rng.integers(256, 1024))] for _ in range(n)], ["x"] * n)
+        texts = [" ".join(rng.choice(words, size=180))[: int(rng.integers(256, 1024))] for _ in range(n)]
+        return EvalSet.from_texts(texts, ["x"] * n)
     whole = EvalSet.load(path)
     rows = np.random.default_rng(0).permutation(len(whole))[:n]
     return EvalSet.from_texts([whole.texts[i] for i in rows], whole.domain[rows])
@@ -64,8 +68,8 @@ def load_pair(name: str, device: str, dtype: str) -> tuple[Scorer, torch.nn.Modu
         scorer = load_scorer(name, device=device, dtype=dtype)
         return scorer, scorer.module.to_hf() if isinstance(scorer.module, GPT) else scorer.module
     gpt = GPT("nano-124m", seed=0)
-    hf = gpt.to_hf().to(device=device, dtype=getattr(torch, dtype))
-    return Scorer.from_gpt(gpt.to(device=device, dtype=getattr(torch, dtype)).eval(), load_tokenizer("gpt2"), name="GPT-2 124M"), hf
+    ours, theirs = (model.to(device=device, dtype=getattr(torch, dtype)).eval() for model in (gpt, gpt.to_hf()))
+    return Scorer.from_gpt(ours, load_tokenizer("gpt2"), name="GPT-2 124M"), theirs
 
 
 def plain_loop(model: torch.nn.Module, ids: list[list[int]], batch_size: int, device: str) -> np.ndarray:
@@ -86,22 +90,24 @@ def plain_loop(model: torch.nn.Module, ids: list[list[int]], batch_size: int, de
     return out
 
 
-def measure(call: Callable[[], np.ndarray], device: str) -> tuple[float, float, np.ndarray]:
-    """Seconds, MiB of peak growth, result."""
+def measure(call: Callable[[], np.ndarray], device: str) -> tuple[float, float, float, np.ndarray]:
+    """Seconds, processor seconds, MiB of peak growth, result."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed but malloc kept would hide this call's growth
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
         before = resident("VmRSS")
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     result = call()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident("VmHWM")
-    return seconds, (peak - before) / 2**20, result
+    return seconds, cpu, (peak - before) / 2**20, result
 
 
 def resident(field: str) -> int:
@@ -124,12 +130,14 @@ def bench(name: str, texts: EvalSet, o: argparse.Namespace) -> dict[str, object]
     for budget in o.batch_tokens:
         calls[f"score(), batch_tokens {budget}"] = lambda budget=budget: score(scorer, texts, batch_tokens=budget).logprob
     seconds: dict[str, list[float]] = {key: [] for key in calls}
+    processor: dict[str, list[float]] = {key: [] for key in calls}
     peak: dict[str, float] = dict.fromkeys(calls, 0.0)
     values: dict[str, np.ndarray] = {}
     for _ in range(o.rounds):
         for key, call in calls.items():
-            spent, grown, values[key] = measure(call, o.device)
+            spent, cpu, grown, values[key] = measure(call, o.device)
             seconds[key].append(spent)
+            processor[key].append(cpu)
             peak[key] = max(peak[key], grown)
     median = {key: statistics.median(times) for key, times in seconds.items()}
     best = {kind: min((k for k in calls if k.startswith(kind)), key=median.__getitem__) for kind in ("transformers", "score")}
@@ -137,11 +145,14 @@ def bench(name: str, texts: EvalSet, o: argparse.Namespace) -> dict[str, object]
     print(f"\n{scorer.name}: {len(texts)} texts, {tokens} tokens, {o.dtype}, {device}, {o.threads} threads, {o.rounds} rounds")
     for key in calls:
         gap = float(np.abs(values[key] - values[best["transformers"]]).max())
-        print(f"  {key:34} {tokens / median[key]:9.0f} tokens/s  {peak[key]:8.0f} MiB  gap {gap:.1e} nats per text")
+        cpu = statistics.median(processor[key])
+        speed = f"{tokens / median[key]:9.0f} tokens/s  {cpu:8.2f} processor s"
+        print(f"  {key:34} {speed}  {peak[key]:7.0f} MiB  gap {gap:.1e} nats per text")
     ratio = median[best["transformers"]] / median[best["score"]]
-    print(f"  best score() is {ratio:.2f} times the best transformers loop, with {peak[best['score']]:.0f} of "
-          f"{peak[best['transformers']]:.0f} MiB")  # fmt: skip
-    return {"model": scorer.identity, "tokens": tokens, "threads": o.threads, "seconds": seconds, "peak_mib": peak, "ratio": ratio}
+    memory = f"{peak[best['score']]:.0f} MiB against {peak[best['transformers']]:.0f} MiB"
+    print(f"  score() is {ratio:.2f} times as fast as the best transformers loop, with {memory}")
+    facts = {"model": scorer.identity, "tokens": tokens, "threads": o.threads, "device": device, "ratio": ratio}
+    return {**facts, "seconds": seconds, "processor_seconds": processor, "peak_mib": peak}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# At once, not when first used: importing the submodule later would otherwise put the module in the function's place.
+from lldfast.backends import backends
+
 __version__ = "0.1.0"
 
 _NAMES = {
@@ -39,13 +42,12 @@ _NAMES = {
     "nll_gap": "lldfast.divergence",
     "weight_kl": "lldfast.divergence",
     "jsd_matrix": "lldfast.divergence",
-    "backends": "lldfast.backends",
     "LLDError": "lldfast.errors",
 }
 # submodules that are an interface of their own: lld.gram.estimate(...), lld.weights.adjusted_direction(...)
 _MODULES = ("gram", "weights", "divergence", "schedule", "modelmap")
 
-__all__ = [*_NAMES, *_MODULES, "__version__"]
+__all__ = [*_NAMES, *_MODULES, "__version__", "backends"]
 
 
 def __getattr__(name: str) -> Any:
@@ -63,7 +65,6 @@ def __dir__() -> list[str]:
 # ruff: noqa: F401  (for type checkers and editors; at run time __getattr__ loads these)
 if TYPE_CHECKING:
     from lldfast import divergence, gram, modelmap, schedule, weights
-    from lldfast.backends import backends
     from lldfast.controller import LLDController
     from lldfast.data.evalset import EvalSet
     from lldfast.data.mixture import DomainMixture

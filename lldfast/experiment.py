@@ -25,7 +25,7 @@ from lldfast.config import Config
 from lldfast.data.evalset import EvalSet
 from lldfast.data.prepare import prepare
 from lldfast.data.shards import TokenShards
-from lldfast.data.tokenizer import Tokenizer, tokenizer_from_manifest
+from lldfast.data.tokenizer import Tokenizer
 from lldfast.divergence import kl, nll_gap, true_kl, weight_kl
 from lldfast.errors import InputError, MissingDependencyError
 from lldfast.files import atomic_path, read_json, write_json
@@ -327,6 +327,7 @@ def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:
             progress=config.log.progress,
         )
     shards = TokenShards(folder)
+    folder = shards.path.parent  # data.path may name the folder or its shards
     if d.domains is not None and d.path is not None and set(d.domains) != set(shards.domains):
         raise InputError(f"data.domains names {sorted(d.domains)}, {folder} holds {sorted(shards.domains)}")
     evalset = EvalSet.load(folder / "eval.parquet")
@@ -337,7 +338,7 @@ def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:
     unknown = [name for name in evalset.domains if name not in shards.domains]
     if unknown:
         raise InputError(f"{folder / 'eval.parquet'} has texts of domain {unknown[0]!r}, which has no shard")
-    return shards, evalset, tokenizer_from_manifest(shards.tokenizer, folder)
+    return shards, evalset, shards.load_tokenizer()
 
 
 def score_target(out: Path, scorer: Scorer, evalset: EvalSet, config: Config) -> LoglikVector:
@@ -366,8 +367,8 @@ def check_same_run(out: Path, config: Config) -> None:
         InputError: naming the first setting that differs.
     """
     path = out / "config.yaml"
-    if not path.exists():
-        return
+    if not path.exists() or not ((out / "target.parquet").exists() or any(out.glob("methods/*/*"))):
+        return  # a start that failed before any result binds nobody
     before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
     now = flatten(yaml.safe_load(config.to_yaml()))
     for key in sorted(before.keys() | now.keys()):

@@ -138,8 +138,8 @@ def add_divergence(section: Section, view: View) -> None:
         label = _final("Mean gap, bits per byte", gap)
         svg = figures.curves(gap, view.marks, key="gap", label=label, ylabel="bits per byte", may_log=False)
         section.cards.append(card("Mean gap, target minus model", svg, READ["gap"]))
-    parts = [(row["method"], row.get("kl_between"), row.get("kl_within")) for row in view.run.rows]
-    split = [part for part in parts if None not in part]
+    measured = [row for row in view.run.rows if row.get("kl_between") is not None and row.get("kl_within") is not None]
+    split = [(row["method"], row["kl_between"], row["kl_within"]) for row in measured]
     if split:
         label = "; ".join(f"{name}: between {number(between)}, within {number(within)}" for name, between, within in split)
         svg = figures.split_bars(split, view.marks, key="split", label=label)

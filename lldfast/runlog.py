@@ -88,7 +88,7 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise MissingDependencyError("TensorBoard logging needs: pip install 'lldfast[log]'") from error
-            self._writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start)
         if wandb:
             try:
                 import wandb as wb

@@ -133,7 +133,7 @@ def lld_weights(
     d = align(delta, names, "delta")
     _check_delta(d, names)
     w = softmax(_log_prior(prior, names) + (d - d.mean()) / tau)
-    return _like(delta, names, with_floor(w, floor))  # type: ignore[no-any-return]
+    return _like(delta, names, with_floor(w, floor))
 
 
 def _log_prior(prior: Values | None, names: Sequence[str]) -> Array:
@@ -228,7 +228,7 @@ def adjusted_lld_weights(
     _check_delta(d, names)
     direction = adjusted_direction(gram, d, normalise=normalise, ridge=ridge)
     w = softmax(_log_prior(prior, names) + direction.contrast / tau)
-    return _like(delta, names, with_floor(w, floor))  # type: ignore[no-any-return]
+    return _like(delta, names, with_floor(w, floor))
 
 
 def with_floor(weights: Array, floor: float) -> Array:
@@ -410,7 +410,7 @@ def two_stage_weights(
 
 
 def bootstrap_deltas(
-    difference: ArrayLike, counts: ArrayLike, domain: Sequence[str], domains: Sequence[str], *, n: int = 200, seed: int = 0
+    difference: ArrayLike, counts: ArrayLike, domain: ArrayLike, domains: Sequence[str], *, n: int = 200, seed: int = 0
 ) -> Array:
     """Bootstrap replicates of Delta over texts [n, K]: the texts of each domain are drawn with replacement.
 

@@ -140,3 +140,9 @@ def test_kernels_probe_gives_reasons(monkeypatch):
     assert not answer["available"] and "triton is not installed" in answer["reason"] and answer["version"] is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert lldfast_kernels.probe()["interpreter"] is True
+
+
+def test_the_public_name_stays_a_function():
+    # lldfast/backends.py has the name of the function: loading the file must not put the module in the function's place.
+    done = run("import lldfast as lld, lldfast.data.shards; print(list(lld.backends()))")
+    assert done.returncode == 0 and "cpp" in done.stdout, done.stderr

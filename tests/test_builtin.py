@@ -27,7 +27,7 @@ def test_enough_text_of_every_domain(texts):
         assert size <= builtin.CAP
         assert size > (20_000 if name == "fortran" else 100_000), name
         assert all(t.strip() for t in documents)
-    assert 20 <= len(texts["fortran"]) and sum(map(len, texts["fortran"])) < 100_000  # the small domain on purpose
+    assert len(texts["fortran"]) >= 20 and sum(map(len, texts["fortran"])) < 100_000  # the small domain on purpose
 
 
 def test_same_text_every_time(texts):
@@ -50,10 +50,18 @@ def test_languages_differ(texts):
 
 def test_domains_look_like_what_they_are(texts):
     marks = {
-        "cpp": "#include <", "docstrings": "Parameters\n----------", "font-metrics": "StartCharMetrics", "fortran": "end subroutine",
-        "html": "<div", "javascript": "function(", "licences": "WARRANTY", "mathematics": ">>> from sympy", "python": "import ",
-        "reference": "The standard type hierarchy", "yaml": "- func: ",
-    }  # fmt: skip
+        "cpp": "#include <",
+        "docstrings": "Parameters\n----------",
+        "font-metrics": "StartCharMetrics",
+        "fortran": "end subroutine",
+        "html": "<div",
+        "javascript": "function(",
+        "licences": "WARRANTY",
+        "mathematics": ">>> from sympy",
+        "python": "import ",
+        "reference": "The standard type hierarchy",
+        "yaml": "- func: ",
+    }
     for name, mark in marks.items():
         joined = "".join(texts[name])
         others = sum(mark in "".join(texts[other]) for other in texts if other != name)
@@ -104,7 +112,8 @@ def test_a_domain_never_vanishes(monkeypatch):
 def test_translated_sentences(tmp_path):
     (tmp_path / "django.po").write_text(
         'msgid ""\nmsgstr ""\n"Content-Type: text/plain\\n"\n\n#: a.py:1\nmsgid "A"\nmsgstr "Ein \\"Ä\\""\n\n'
-        'msgid "many"\nmsgid_plural "more"\nmsgstr[0] "eins"\nmsgstr[1] ""\n"zwei\\n"\n"drei"\n\n#, fuzzy\nmsgid "none"\nmsgstr ""\n',
+        'msgid "many"\nmsgid_plural "more"\nmsgstr[0] "eins"\nmsgstr[1] ""\n"zwei\\n"\n"drei"\n\n'
+        '#, fuzzy\nmsgid "none"\nmsgstr ""\n',
         encoding="utf-8",
     )
     assert builtin._translated(tmp_path / "django.po") == 'Ein "Ä"\neins\nzwei\ndrei'
@@ -113,7 +122,8 @@ def test_translated_sentences(tmp_path):
 def test_docstrings(tmp_path):
     long = "words " * 50
     (tmp_path / "m.py").write_text(
-        f'"""Module. {long}"""\nx = """not a docstring {long}"""\ndef f(a: int) -> dict[str, int]:\n    r"""Function \\d. {long}"""\n'
+        f'"""Module. {long}"""\nx = """not a docstring {long}"""\n'
+        f'def f(a: int) -> dict[str, int]:\n    r"""Function \\d. {long}"""\n'
         f'class C:  # note\n    """Class.\n\n        Indented. {long}\n    """\n    def short(self):\n        """Too short."""\n'
     )
     found = builtin._docstrings_of(tmp_path / "m.py")

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import pytest
@@ -42,12 +43,11 @@ def test_white_space_is_no_text():
 def test_the_draw_depends_on_contents_not_on_order():
     texts = [random_text(i, 1500) for i in range(300)]
     shuffled = random.Random(1).sample(texts, len(texts))
-    chosen = [
-        {(unit.digest, unit.part) for unit in plan_domain("d", candidates(order), 20, 0.5, 0, set()).units} for order in (texts, shuffled)
-    ]
-    assert chosen[0] == chosen[1]
-    other_seed = {(u.digest, u.part) for u in plan_domain("d", candidates(texts, seed=1), 20, 0.5, 1, set()).units}
-    assert other_seed != chosen[0]
+
+    def draw(documents: list[str], seed: int) -> set[tuple[str, str]]:
+        return {(u.digest, u.part) for u in plan_domain("d", candidates(documents, seed), 20, 0.5, seed, set()).units}
+
+    assert draw(texts, 0) == draw(shuffled, 0) != draw(texts, 1)
 
 
 def test_a_bounded_heap_finds_what_a_sort_finds():
@@ -82,7 +82,7 @@ def test_few_huge_documents_are_held_out_by_ranges():
     assert sum(u.take for u in chosen.units) == 32
     assert all(u.end - u.start == 8192 for u in chosen.units)
     spans = sorted((u.document, u.start, u.end) for u in chosen.units)
-    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(spans))
 
 
 def test_small_domain_gives_what_it_can_and_says_so():

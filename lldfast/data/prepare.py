@@ -18,20 +18,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-import lldfast
+from lldfast.backends import versions
 from lldfast.data import builtin, evalplan
 from lldfast.data.encode import Part, encode, token_dtype, token_hash
 from lldfast.data.evalplan import Plan, make_plan
@@ -352,6 +350,7 @@ def _publish(data: Path, out: Path) -> None:
 
 
 def _versions(inputs: Sequence[str]) -> dict[str, str]:
-    own = {"lldfast": lldfast.__version__, "python": platform.python_version()}
-    used = {name: version(name) for name in ("numpy", "tiktoken", "tokenizers", "pyarrow")}
-    return {**own, **used, **(builtin.versions() if "builtin" in inputs else {})}
+    """Versions of what can change the result."""
+    here = versions()
+    used = {name: here[name] for name in ("lldfast", "python", "numpy", "pyarrow", "tiktoken", "tokenizers") if name in here}
+    return used | (builtin.versions() if "builtin" in inputs else {})

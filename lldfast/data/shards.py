@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from lldfast.backends import extension
+from lldfast.data.tokenizer import Tokenizer, tokenizer_from_manifest
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import explain_write_errors, read_json, write_json
 
@@ -316,6 +317,15 @@ class TokenShards:
             f"{name} uses the tokenizer {theirs.get('name', '')!r} (hash {theirs.get('hash')}), but {self.path} was made with "
             f"{self.tokenizer.get('name')!r} (hash {self.tokenizer['hash']})"
         )
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer the shards were made with; its hash is checked.
+
+        Raises:
+            InputError: its file is missing beside the shards.
+            CorruptError: the file has another hash.
+        """
+        return tokenizer_from_manifest(self.tokenizer, self.path)
 
     def __repr__(self) -> str:
         return f"TokenShards({str(self.path)!r}: {len(self.domains)} domains, {sum(self.n_tokens.values())} tokens)"
