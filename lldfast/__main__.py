@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         options = build_parser().parse_args(args)
         return int(options.execute(options) or 0)
-    except LLDError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # `lldfast ... | head`: nobody reads on, and the flush at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (LLDError, OSError) as error:  # an OSError is the machine's (no permission, name too long) and names its file
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # libraries' messages have several lines
         return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -147,13 +151,15 @@ def run_verify(o: argparse.Namespace) -> None:
 
 def run_score(o: argparse.Namespace) -> None:
     from lldfast.data.evalset import EvalSet
-    from lldfast.experiment import resolve_location
+    from lldfast.experiment import pick_device, resolve_location
+    from lldfast.files import check_writable
     from lldfast.loglik import score
     from lldfast.models.scorer import load_scorer
 
+    check_writable(o.out)
     path = Path(o.data)
     evalset = EvalSet.load(path / "eval.parquet" if path.is_dir() else path)
-    scorer = load_scorer(resolve_location(o.model), device=o.device, dtype=o.dtype, bos=o.bos)
+    scorer = load_scorer(resolve_location(o.model), device=pick_device(o.device, "--device"), dtype=o.dtype, bos=o.bos)
     vector = score(scorer, evalset, batch_tokens=o.batch_tokens, progress=True)
     vector.save(o.out)
     for name, value in vector.by_domain().items():
@@ -165,7 +171,8 @@ def run_kl(o: argparse.Namespace) -> None:
     from lldfast.divergence import kl_matrix
     from lldfast.loglik import LoglikVector
 
-    for path, row in zip(o.vectors, kl_matrix([LoglikVector.load(path) for path in o.vectors]), strict=True):
+    vectors = {path: LoglikVector.load(path) for path in o.vectors}
+    for path, row in zip(vectors, kl_matrix(vectors), strict=True):
         print("  ".join(f"{value:10.4f}" for value in row), f"  {path}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lldfast.errors import CorruptError, InputError, WriteError
+from lldfast.errors import CorruptError, InputError, TrainingError, WriteError
 from lldfast.files import atomic_folder, read_json, write_json
 
 FORMAT = {"format": "lldfast-checkpoint", "version": 1}
@@ -44,12 +45,16 @@ def save_checkpoint(
         state: JSON-able values.
 
     Raises:
+        TrainingError: a parameter is not finite; earlier checkpoints are untouched.
         WriteError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     target = Path(folder) / f"step-{step:07d}"
     with atomic_folder(target) as temporary:
         # safetensors refuses tensors that share storage; a tied head is one parameter, named once by named_parameters
         weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+        bad = next((name for name, p in weights.items() if not bool(torch.isfinite(p).all())), None)
+        if bad:  # resuming from it could only fail, while an earlier checkpoint may be sound
+            raise TrainingError(f"{target} was not written: parameter {bad!r} is not finite after step {step}")
         try:
             save_file(weights, str(temporary / "model.safetensors"))
             save_file(_optimizer_tensors(optimizer), str(temporary / "optimizer.safetensors"))
@@ -86,7 +91,7 @@ def load_checkpoint(
         moments = load_file(path / "optimizer.safetensors")
         with np.load(path / "arrays.npz") as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CorruptError(f"checkpoint {path} is damaged: {error}") from error
     parameters = dict(model.named_parameters())
     if set(parameters) != set(weights):

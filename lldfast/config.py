@@ -6,6 +6,9 @@ A recipe (lldfast/recipes/*.yaml) is a diff from these defaults. `--print_config
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from argparse import ArgumentError
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -14,7 +17,8 @@ from typing import Literal
 import yaml
 
 from lldfast.errors import InputError
-from lldfast.weights import RULES
+from lldfast.schedule import estimation_steps
+from lldfast.weights import RULES, Rule
 
 DEFAULT_RECIPE = "demo"
 
@@ -50,7 +54,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The base model. `init` is a folder written by lldfast to continue from; unset for random weights."""
+    """The base model. `init` is a folder written by lldfast to continue from, its shape included; unset for random weights."""
 
     preset: str = "nano-124m"
     n_layer: int | None = None
@@ -89,12 +93,12 @@ class LLDConfig:
     """From Delta to weights; see lldfast.weights.Rule.
 
     Attributes:
-        tau: temperature, nats per token (a multiple of std(Delta) for the "spread" rules).
+        tau: temperature, nats per token (a multiple of std(Delta) for the "spread" rules); `.inf` gives the prior.
         prior: "uniform", "proportional" (tokens per domain) or a weights file.
         normalize: what a domain's log-likelihood is divided by, eq. (3).
-        every, dense_until: the step set S; unset is the paper's at any run length.
+        every, dense_until: the step set S; unset is the paper's from 10,000 steps on, and its shape for shorter runs.
         aggregate: mean over steps for the aggregated methods.
-        step_weights: "equal" (eq. (8)) or "elapsed" (time in force); unset: equal for the paper's rules, elapsed for mirror.
+        step_weights: "equal" (eq. (8)) or "elapsed" (time in force); unset: elapsed for mirror and two stages, else equal.
         bootstrap: replicates over texts for standard errors; 0 turns them off.
         weights: weights file of the method "fixed".
         pass1: weights file of an existing pass 1 for the aggregated and two-stage methods.
@@ -192,7 +196,9 @@ class Config:
         Raises:
             InputError: naming the parameter.
         """
-        t = self.train
+        t, lld = self.train, self.lld
+        if not self.out:
+            raise InputError("out is empty: name the folder of the run")
         for name in ("steps", "batch_size", "micro_batch_size"):
             if getattr(t, name) < 1:
                 raise InputError(f"train.{name} must be >= 1, got {getattr(t, name)}")
@@ -200,14 +206,34 @@ class Config:
             raise InputError(f"train.micro_batch_size {t.micro_batch_size} does not divide train.batch_size {t.batch_size}")
         if not 0 <= t.warmup <= 1:
             raise InputError(f"train.warmup is a share of the steps, got {t.warmup}")
-        if not t.learning_rate > 0 or t.min_lr < 0:
+        if not (0 < t.learning_rate < math.inf and 0 <= t.min_lr < math.inf):
             raise InputError(f"train.learning_rate must be > 0 and train.min_lr >= 0, got {t.learning_rate} and {t.min_lr}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(t, name) < 1:
+                raise InputError(f"train.{name} must be in [0, 1), got {getattr(t, name)}")
+        for name in ("weight_decay", "eps", "grad_clip"):  # a negative grad_clip would climb the loss
+            if not 0 <= getattr(t, name) < math.inf:
+                raise InputError(f"train.{name} must be >= 0 and finite, got {getattr(t, name)}")
+        if t.threads is not None and t.threads < 1:
+            raise InputError(f"train.threads must be >= 1, or null for torch's choice, got {t.threads}")
+        if not 0 <= self.seed < 2**62:
+            raise InputError(f"seed must be in [0, 2^62), got {self.seed}")
+        if self.measure.times < 1 or self.measure.batch_tokens < 1:
+            raise InputError("measure.times and measure.batch_tokens must be >= 1")
+        if self.target.steps is not None and self.target.steps < 1:
+            raise InputError(f"target.steps must be >= 1, got {self.target.steps}")
+        if not 0 < lld.split < 1:
+            raise InputError(f"lld.split must lie between 0 and 1, got {lld.split}")
         if t.checkpoint_every < 1 or self.log.every < 1:
             raise InputError("train.checkpoint_every and log.every must be >= 1")
         if self.lld.bootstrap == 1 or self.lld.bootstrap < 0:
             raise InputError(f"lld.bootstrap must be 0 or at least 2, got {self.lld.bootstrap}")
         if self.target.model and self.target.mixture:
-            raise InputError("give target.model or target.mixture, not both")
+            raise InputError("give target.model or target.mixture, not both (`--target.mixture null` takes a recipe's away)")
+        if self.model.init:
+            for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout"):
+                if getattr(self.model, name) is not None:
+                    raise InputError(f"model.{name} cannot be changed: the shape is that of model.init {self.model.init}")
         if not self.methods:
             raise InputError("methods is empty: nothing to train")
         if len(set(self.methods)) != len(self.methods):
@@ -216,6 +242,11 @@ class Config:
             spec = parse_method(method)
             if spec.rule and not (self.target.model or self.target.mixture) and not (self.lld.pass1 and spec.passes == 2):
                 raise InputError(f"method {method!r} needs target.model (or target.mixture)")
+            if spec.rule:  # now, not after the methods before it
+                Rule(spec.rule, lld.tau, lld.tau_end, lld.step_size, lld.floor, lld.normalise, lld.ridge)
+                estimation_steps(t.steps, every=lld.every, dense_until=lld.dense_until)
+            if spec.stages == 2 and max(1, round(t.steps * lld.split)) >= t.steps:
+                raise InputError(f"method {method!r}: train.steps {t.steps} at lld.split {lld.split} leaves no second stage")
             if method == "fixed" and self.lld.weights is None:
                 raise InputError("method 'fixed' needs lld.weights, a weights file")
 
@@ -282,34 +313,50 @@ def parse_config(argv: list[str], prog: str = "lldfast train") -> Config:
     """Defaults < `--recipe NAME` (demo unless --config is given) < `--config FILE` < `--section.key value`.
 
     Raises:
-        InputError: a value that makes no sense. A misspelt option ends the program as argparse does.
+        InputError: an unknown option or key, or a value that makes no sense.
     """
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
     args: list[str] = []
     recipe: str | None = None
     rest = iter(argv)
     for arg in rest:
-        key, _, value = arg.partition("=")
+        key, equals, value = arg.partition("=")
+        if not arg or (key.startswith("--") and equals and not value):
+            # "--data.path=$UNSET" would otherwise mean null, and train on something else
+            raise InputError(f"{key or (args[-1] if args else 'an option')} needs a value (null unsets an option)")
         if key in ("--recipe", "--method", "--methods"):
             value = value or next(rest, "")
-            if not value:
+            if not value or value.startswith("--"):
                 raise InputError(f"{key} needs a value")
             if key == "--recipe":
                 recipe = value
             else:
                 names = value.strip("[] ").split(",")
                 args.append("--methods=[" + ", ".join(name.strip().strip("'\"") for name in names) + "]")
+        elif key in ("--data.source", "--lld.tau", "--lld.tau_end"):
+            value = value or next(rest, "")
+            if key == "--data.source" and not value.startswith("["):
+                value = json.dumps([value])  # a single file needs no brackets
+            args.append(f"{key}={'.inf' if value == 'inf' else value}")  # YAML spells it with a dot, people do not
         else:
             args.append(arg)
     if recipe is None and not any(arg.split("=")[0] == "--config" for arg in args):
         recipe = DEFAULT_RECIPE
     if recipe is not None:
         args = [f"--config={recipe_path(recipe)}", f"--recipe={recipe}", *args]
-    parser = ArgumentParser(prog=prog, description="Train with a designed domain mixture: Algorithm 1, pass 2 and the baselines.")
+    about = "Train with a designed domain mixture: Algorithm 1, pass 2 and the baselines."
+    parser = ArgumentParser(prog=prog, description=about, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file, over the recipe")
     parser.add_class_arguments(Config)
-    values = parser.instantiate(parser.parse_args(args))
+    try:
+        parsed = parser.parse_args(args)
+        for f in dataclasses.fields(Config):
+            if dataclasses.is_dataclass(f.default_factory) and not isinstance(parsed[f.name], Namespace):
+                raise InputError(f"{f.name} is a section of the configuration, got {parsed[f.name]!r}")
+        values = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise InputError(f"{' '.join(str(error).split())} ({prog} --help lists the options)") from None
     config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
     config.check()
     return config

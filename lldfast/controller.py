@@ -78,6 +78,8 @@ class LLDController:
             raise InputError(
                 f"the target was scored on other texts than the controller's: {len(target)} and {len(evalset)} texts"
             )
+        if bootstrap == 1 or bootstrap < 0:
+            raise InputError(f"bootstrap must be 0 or at least 2, got {bootstrap}")
         self.evalset, self.target, self.tokenizer = evalset, target, tokenizer
         self.domains = list(evalset.domains)
         self.total = steps
@@ -110,6 +112,8 @@ class LLDController:
         gram = None
         if self.rule.needs_gram:
             gram = grams.estimate(scorer, self.evalset, mode="exact", batch_tokens=self.batch_tokens).matrix(self.domains)
+            unit = self._tokens_per_unit(base)  # G's rows are per token: into the unit of Delta
+            gram = gram * np.outer(unit, unit)
         elapsed = (step - self.steps[-1]) / self.total if self.steps else 0.0
         self._logits = self.rule.logits(values, gram, step / self.total, elapsed, self._logits)
         self.steps.append(step)
@@ -123,17 +127,36 @@ class LLDController:
     def _scorer(self, model: Scorer | GPT) -> Scorer:
         if isinstance(model, Scorer):
             return model
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        if not isinstance(model, GPT):
+            raise InputError(
+                f"LLDController.step takes a GPT or a Scorer: wrap the {type(model).__name__} once, "
+                "by load_scorer(model, tokenizer=...)"
+            )
         if self.tokenizer is None:
             raise InputError("LLDController.step was given a bare model: pass tokenizer= to the controller, or a Scorer")
         return Scorer.from_gpt(model, self.tokenizer)
 
-    def _replicates(self, base: LoglikVector) -> Array:
+    def _counts(self, base: LoglikVector) -> Array:
+        """What a text counts in the denominator of eq. (3) [N]."""
         counts = {"base_tokens": base.n_tokens, "bytes": base.n_bytes, "texts": np.ones(len(base))}[self.normalize]
+        return counts.astype(np.float64)
+
+    def _tokens_per_unit(self, base: LoglikVector) -> Array:
+        """Base tokens per token, byte or text of each domain [K]; ones for "base_tokens"."""
+        counts, in_domain = self._counts(base), [base.domain == name for name in self.domains]
+        return np.array([base.n_tokens[rows].sum() / counts[rows].sum() for rows in in_domain])
+
+    def _replicates(self, base: LoglikVector) -> Array:
         difference = self.target.logprob - base.logprob
-        return bootstrap_deltas(difference, counts, self.evalset.domain, self.domains, n=self.bootstrap, seed=self.seed)
+        return bootstrap_deltas(
+            difference, self._counts(base), self.evalset.domain, self.domains, n=self.bootstrap, seed=self.seed
+        )
 
     def aggregate(self, *, method: str = "geometric", step_weights: str | None = None) -> dict[str, float]:
         """The fixed recipe wbar of eq. (8): "equal" step weights (the paper), or "elapsed" ones (default for mirror)."""
+        if not self.steps:
+            raise InputError("there is no estimate to aggregate: LLDController.step was never called at a step of S")
         plan = combine(
             self.steps,
             self.total,
@@ -192,6 +215,7 @@ class LLDController:
         k = len(self.domains)
         made = [i for i, g in enumerate(self.grams) if g is not None]
         return {
+            "domains": np.array(self.domains),
             "steps": np.array(self.steps, dtype=np.int64),
             "deltas": np.array(self.deltas).reshape(len(self.steps), k),
             "weights": np.array(self.weights).reshape(len(self.steps), k),
@@ -206,10 +230,13 @@ class LLDController:
         """Restore `state_dict`.
 
         Raises:
-            InputError: the state has another number of domains.
+            InputError: the state is of other domains, or of the same in another order.
         """
         if state["logits"].shape != (len(self.domains),):
             raise InputError(f"the state is of {len(state['logits'])} domains, the controller has {len(self.domains)}")
+        stored = np.asarray(state.get("domains", self.domains)).tolist()
+        if stored != self.domains:
+            raise InputError(f"the state is of the domains {stored}, in this order; the controller has {self.domains}")
         self.steps = [int(step) for step in state["steps"]]
         self.deltas, self.weights = list(state["deltas"]), list(state["weights"])
         self.grams = list(state["grams"]) if len(state["grams"]) else [None] * len(self.steps)

@@ -81,10 +81,14 @@ def kl_matrix(vectors: Sequence[LoglikVector] | Mapping[str, LoglikVector]) -> A
         InputError: the vectors were not scored on the same texts.
     """
     rows = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
+    names = list(vectors) if isinstance(vectors, Mapping) else [str(i) for i in range(len(rows))]
     if not rows:
         raise InputError("kl_matrix: no vectors")
-    for row in rows[1:]:
-        _same_texts(rows[0], row)
+    for name, row in zip(names, rows, strict=True):
+        try:
+            _same_texts(rows[0], row)
+        except InputError as error:
+            raise InputError(f"{name} against {names[0]}: {error}") from None
     stack = np.stack([np.asarray(row.logprob, dtype=np.float64) for row in rows])  # [M, N]
     out = np.zeros((len(rows), len(rows)))
     for i in range(len(rows)):
@@ -140,13 +144,20 @@ def weight_kl(p: Values, q: Values) -> float:
     return max(0.0, float((a[used] * np.log(a[used] / b[used])).sum()))
 
 
-def jsd_matrix(weights: Sequence[Values] | ArrayLike) -> Array:
+def finite(value: float) -> float | None:
+    """`value`, or None for an infinite one, which JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
+def jsd_matrix(weights: Sequence[Values] | Mapping[Any, Values] | ArrayLike) -> Array:
     """Jensen-Shannon divergence between every two of S weight vectors, in nats (at most ln 2): [S, S] (Fig. 10).
+
+    The vectors may come as a mapping {step or method: weights}; its order is that of the rows.
 
     Raises:
         InputError: no vectors, or names that differ.
     """
-    rows: list[Any] = list(weights)  # type: ignore[arg-type]
+    rows: list[Any] = list(weights.values()) if isinstance(weights, Mapping) else list(weights)  # type: ignore[arg-type]
     if not rows:
         raise InputError("jsd_matrix: no weights")
     names = list(rows[0]) if isinstance(rows[0], Mapping) else [str(k) for k in range(len(rows[0]))]

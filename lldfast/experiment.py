@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import importlib.util
 import platform
+import sys
 from collections.abc import Iterator
 from importlib import metadata, resources
 from pathlib import Path
@@ -26,11 +27,11 @@ from lldfast.data.evalset import EvalSet
 from lldfast.data.prepare import prepare
 from lldfast.data.shards import TokenShards
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.divergence import kl, nll_gap, true_kl, weight_kl
+from lldfast.divergence import finite, kl, nll_gap, true_kl, weight_kl
 from lldfast.errors import InputError, MissingDependencyError
 from lldfast.files import atomic_path, read_json, write_json
 from lldfast.loglik import LoglikVector, score
-from lldfast.models.gpt import GPT, PRESETS
+from lldfast.models.gpt import GPT, PRESETS, GPTConfig, read_gpt_json
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.schedule import estimation_steps
 from lldfast.weightsfile import disclosure, load_weights
@@ -46,6 +47,8 @@ def resolve_location(spec: str) -> str:
         InputError: no such asset or file.
         MissingDependencyError: the package is not installed.
     """
+    if not spec:
+        raise InputError("an empty string is neither a path nor a model id")
     if spec.startswith("asset:"):
         path = Path(str(resources.files("lldfast") / "assets" / spec.removeprefix("asset:")))
         if not path.exists():
@@ -53,6 +56,8 @@ def resolve_location(spec: str) -> str:
         return str(path)
     if spec.startswith("package:"):
         name, _, pattern = spec.removeprefix("package:").partition("/")
+        if not name.isidentifier() or not pattern or pattern.startswith("/"):
+            raise InputError(f"{spec}: expected package:NAME/FILE, with a top-level package and a file inside it")
         found = importlib.util.find_spec(name)
         if found is None or not found.submodule_search_locations:
             raise MissingDependencyError(
@@ -65,15 +70,15 @@ def resolve_location(spec: str) -> str:
     return spec
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is cuda, then mps, then cpu."""
+def pick_device(name: str, what: str = "train.device") -> torch.device:
+    """ "auto" is cuda where there is one, else cpu: scores are summed in fp64, which mps lacks."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, and has no values
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"train.device {name!r} cannot be used here: {error}") from None
+        raise InputError(f"{what} {name!r} cannot be used here: {error}") from None
     return device
 
 
@@ -84,7 +89,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         InputError: bfloat16 was asked for and the hardware lacks it.
     """
     if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported()
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bf16 = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if name == "bfloat16" and not has_bf16:
@@ -142,7 +147,7 @@ class Experiment:
                 target_scorer = None
         exp = cls(config, out, shards, evalset, tokenizer, target, target_scorer, identity, ground_truth, {}, device, dtype)
         exp.base_identity = exp.describe_base()
-        write_json(out / "experiment.json", exp.describe(methods))
+        write_json(out / "experiment.json", exp.describe(with_finished(out, methods)))
         with atomic_path(out / "config.yaml") as temporary:
             temporary.write_text(config.to_yaml(), encoding="utf-8")
         exp.warn_small_domains()
@@ -156,9 +161,11 @@ class Experiment:
     def tokens_per_step(self) -> int:
         return self.config.train.batch_size * self.model_config().block_size
 
-    def model_config(self) -> Any:
-        """GPTConfig of the base: preset, overrides, vocabulary of the tokenizer padded to a multiple of 64."""
+    def model_config(self) -> GPTConfig:
+        """GPTConfig of the base: that of `init`, or preset, overrides, vocabulary of the tokenizer padded to a multiple of 64."""
         m = self.config.model
+        if m.init is not None:
+            return GPTConfig(**read_gpt_json(Path(resolve_location(m.init)))["config"])
         if m.preset not in PRESETS:
             raise InputError(f"model.preset {m.preset!r} is unknown; choose from {', '.join(PRESETS)}")
         changes: dict[str, Any] = {
@@ -175,7 +182,7 @@ class Experiment:
             return GPT(self.model_config(), seed=self.config.seed).to(self.device)
         folder = resolve_location(self.config.model.init)
         model = GPT.load(folder)
-        stored = read_json(Path(folder) / "model.json").get("tokenizer")
+        stored = read_gpt_json(Path(folder)).get("tokenizer")
         if stored is not None:
             self.shards.check_tokenizer(stored, f"model.init {folder}")
         if model.config.valid_vocab < self.tokenizer.vocab_size:
@@ -220,7 +227,7 @@ class Experiment:
             "kl_se": distance.se,
             "true_kl": exact,
             "nll_gap": nll_gap(target, vector),
-            "weight_kl": None if self.ground_truth is None else weight_kl(weights, self.ground_truth),
+            "weight_kl": None if self.ground_truth is None else finite(weight_kl(weights, self.ground_truth)),
             "loglik": name,
         }
 
@@ -244,13 +251,15 @@ class Experiment:
         few = {name: n for name, n in counts.items() if n < self.config.lld.min_texts}
         if few:
             listed = ", ".join(f"{name} ({n})" for name, n in few.items())
-            print(f"warning: few texts to estimate Delta on: {listed}; read their standard errors before their weights")
+            warning = f"few texts to estimate Delta on: {listed}; read their standard errors before their weights"
+            print(f"warning: {warning}", file=sys.stderr)
 
     def describe_base(self) -> dict[str, Any]:
         m = self.config.model
         if m.init is not None:
-            info = read_json(Path(resolve_location(m.init)) / "model.json")
-            return {"name": (info.get("extra") or {}).get("name", m.init), "init": m.init, "config": info["config"]}
+            info = read_gpt_json(Path(resolve_location(m.init)))
+            name = (info.get("extra") or {}).get("name", m.init)
+            return {"name": name, "init": m.init, "hash": info["sha256"], "config": info["config"]}
         return {
             "name": f"{m.preset}, random",
             "init": "random",
@@ -353,6 +362,13 @@ def score_target(out: Path, scorer: Scorer, evalset: EvalSet, config: Config) ->
     vector = score(scorer, evalset, batch_tokens=config.measure.batch_tokens, progress=config.log.progress)
     vector.save(path)
     return vector
+
+
+def with_finished(out: Path, methods: list[str]) -> list[str]:
+    """`methods` after those that an earlier call on this folder finished: they stay in its summary and report."""
+    before = read_json(out / "experiment.json")["methods"] if (out / "experiment.json").exists() else []
+    kept = [name for name in before if name not in methods and (out / "methods" / name / "result.json").exists()]
+    return kept + methods
 
 
 def load_named(weights: dict[str, float], domains: list[str]) -> dict[str, float]:

@@ -48,6 +48,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         WriteError: the block or the rename failed with an OSError.
     """
     final = Path(path)
+    if not final.name:
+        raise InputError(f"{str(path)!r} is not the name of a file to write")
     temporary = final.with_name(f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     with explain_write_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +66,34 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Fail now, not after hours of work, when a file could not be written at `path` (its folder is made).
+
+    Raises:
+        InputError: `path` is empty or a folder.
+        WriteError: its folder cannot be made or refuses new files.
+    """
+    final = Path(path)
+    if not final.name or final.is_dir():
+        raise InputError(f"{str(path)!r} is not the name of a file to write")
+    probe = final.with_name(f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    with explain_write_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON, and hides an error."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        InputError: `value` cannot be JSON. NaN cannot either, and would hide an error.
+        WriteError: the file cannot be written.
+    """
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: the content cannot be written as JSON ({error})") from None
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -75,14 +102,24 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read JSON.
 
     Raises:
-        InputError: there is no such file.
-        CorruptError: the file is not JSON.
+        InputError: there is no such file, or it cannot be read.
+        CorruptError: the file is not JSON, or an object in it repeats a key (of which JSON would keep the last, silently).
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [key for key, _ in pairs]
+            raise CorruptError(f"{path} repeats the key {next(key for key in names if names.count(key) > 1)!r}")
+        return value
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptError(f"{path} is not valid JSON ({error})") from None
 
 
@@ -92,8 +129,12 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         BusyError: another process holds it; the message names its host and pid.
+        InputError: `folder` is a file.
+        WriteError: it cannot be created.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"{folder} is a file, where a folder is needed")
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / ".lock").open("a+", encoding="utf-8")

@@ -24,7 +24,7 @@ import xxhash
 from torch import Tensor
 
 from lldfast.backends import versions
-from lldfast.data.evalset import EvalSet
+from lldfast.data.evalset import PARTS, EvalSet
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path
 from lldfast.models.gpt import DTYPES, GPT
@@ -72,9 +72,15 @@ class LoglikVector:
         return list(dict.fromkeys(self.domain.tolist()))
 
     def select(self, part: str | None = None) -> LoglikVector:
-        """The texts of one part ("estimate" or "measure"); all for None."""
+        """The texts of one part ("estimate" or "measure"); all for None.
+
+        Raises:
+            InputError: an unknown part.
+        """
         if part is None:
             return self
+        if part not in PARTS:
+            raise InputError(f"unknown part {part!r}: expected one of {', '.join(PARTS)}")
         keep = self.part == part
         columns: dict[str, Any] = {name: getattr(self, name)[keep] for name in COLUMNS}
         return LoglikVector(**columns, meta={**self.meta, "selected": part})
@@ -126,15 +132,21 @@ class LoglikVector:
         missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
             raise CorruptError(f"{path}: no column {', '.join(missing)}")
-        vector = cls(
-            np.asarray(table["logprob"].to_numpy(), np.float64),
-            _objects(table["domain"].to_pylist()),
-            np.asarray(table["n_tokens"].to_numpy(), np.int64),
-            np.asarray(table["n_bytes"].to_numpy(), np.int64),
-            _objects(table["part"].to_pylist()),
-            np.asarray(table["text_hash"].to_numpy(), np.uint64),
-            json.loads(metadata[b"lldfast"]),
-        )
+        empty = [name for name in COLUMNS if table[name].null_count]
+        if empty:
+            raise CorruptError(f"{path}: column {empty[0]} has empty entries")
+        try:
+            vector = cls(
+                np.asarray(table["logprob"].to_numpy(), np.float64),
+                _objects(table["domain"].to_pylist()),
+                np.asarray(table["n_tokens"].to_numpy(), np.int64),
+                np.asarray(table["n_bytes"].to_numpy(), np.int64),
+                _objects(table["part"].to_pylist()),
+                np.asarray(table["text_hash"].to_numpy(), np.uint64),
+                json.loads(metadata[b"lldfast"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptError(f"{path}: a column or the metadata is not what `lldfast score` writes ({error!r})") from None
         for i in np.flatnonzero(~np.isfinite(vector.logprob))[:1]:
             raise CorruptError(f"{path}: text {i} has no finite log-likelihood")
         return vector
@@ -155,6 +167,8 @@ def delta(
         InputError: the vectors are of different texts; a domain without tokens.
     """
     _check_same_texts(target, base)
+    if bootstrap < 0:
+        raise InputError(f"bootstrap must be 0 or more, got {bootstrap}")
     difference = target.logprob - base.logprob
     counts = _denominators(base, normalize, None)
     errors = {}

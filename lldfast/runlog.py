@@ -120,6 +120,8 @@ class RunLog:
         for key, value in _scalars(record):
             if self._writer is not None:
                 self._writer.add_scalar(f"measure/{key}", value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log({f"measure/{key}": value for key, value in _scalars(record)}, step=record["step"])
 
     def advance(self) -> None:
         if self.bar is not None:

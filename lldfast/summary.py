@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lldfast.divergence import weight_kl
+from lldfast.divergence import finite, weight_kl
 from lldfast.files import read_json, write_json
 from lldfast.runlog import read_jsonl
 from lldfast.weights import effective_domains
@@ -57,10 +57,6 @@ def summarise(run: str | Path) -> dict[str, Any]:
     summary = {"rows": rows, "base_row": base_row, "warnings": disagreements(rows) + unstable}
     write_json(run / "summary.json", summary)
     return summary
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def disagreements(rows: list[dict[str, Any]]) -> list[str]:
@@ -124,5 +120,5 @@ def table(summary: dict[str, Any]) -> str:
         for line in cells
     ]
     lines.insert(1, "-" * len(lines[0]))
-    unit = "KL and NLL gap in bits/byte on texts that no weight was estimated on; KL(w||truth) in nats; lower is closer"
+    unit = "KL and NLL gap in bits/byte on texts that no weight was estimated on; KL(w||truth) in nats; closer to 0 is nearer"
     return "\n".join([*lines, unit, *(f"warning: {warning}" for warning in summary["warnings"])])

@@ -2,7 +2,7 @@
 
     python -m lldfast.train                              the demo: real text, four methods, a report
     python -m lldfast.train --recipe pile-sample
-    python -m lldfast.train --recipe paper --method iterative,aggregated --out runs/paper
+    python -m lldfast.train --recipe paper --data.path PILE --target.model MODEL --method iterative,aggregated
 
 One method is one training run in OUT/methods/<method>. `train_method` reads top to bottom: estimate weights where S says so,
 measure, draw a batch from the mixture, take an AdamW step, log, checkpoint. A finished method is never run again; an
@@ -34,7 +34,7 @@ from lldfast.models.scorer import Scorer
 from lldfast.ops.linear_logprob import linear_cross_entropy
 from lldfast.runlog import JsonlLog, RunLog
 from lldfast.schedule import estimation_steps, learning_rate
-from lldfast.weights import Rule
+from lldfast.weights import Rule, with_floor
 from lldfast.weightsfile import (
     combine,
     default_step_weights,
@@ -64,15 +64,16 @@ class Source:
         return next((weights for first, weights in self.stages if first == step), None)
 
 
-def make_rule(exp: Experiment, name: str) -> Rule:
-    """The named rule with the options of the configuration, its prior in the order of the domains."""
+def make_rule(exp: Experiment, name: str, domains: list[str]) -> Rule:
+    """The named rule with the options of the configuration, its prior in the order of `domains`."""
     lld = exp.config.lld
     prior = None
     if lld.prior == "proportional":
         prior = exp.shards.proportions()
     elif lld.prior != "uniform":
         prior = load_weights(lld.prior, exp.domains)
-    order = None if prior is None else tuple(prior[domain] for domain in exp.domains)
+    with_floor(np.full(len(domains), 1 / len(domains)), lld.floor)  # raises where it is too much for so many domains
+    order = None if prior is None else tuple(prior[domain] for domain in domains)
     return Rule(name, lld.tau, lld.tau_end, lld.step_size, lld.floor, lld.normalise, lld.ridge, order)
 
 
@@ -104,7 +105,7 @@ def make_source(exp: Experiment, method: Method) -> Source:
                 evalset,
                 target,
                 steps=config.train.steps,
-                rule=make_rule(exp, method.rule),
+                rule=make_rule(exp, method.rule, evalset.domains),
                 normalize=config.lld.normalize,
                 at=at,
                 bootstrap=config.lld.bootstrap,
@@ -121,7 +122,8 @@ def make_source(exp: Experiment, method: Method) -> Source:
         raise InputError(f"{path} holds no trajectory of weights: a two-stage recipe cannot be made from it")
     total = int(file["total_steps"])
     array = np.array([[w[name] for name in exp.domains] for w in weights])
-    plan = combine(steps, total, array, aggregate=config.lld.aggregate, step_weights="elapsed", stages=2, split=config.lld.split)
+    how = config.lld.step_weights or default_step_weights(method.rule, stages=2)
+    plan = combine(steps, total, array, aggregate=config.lld.aggregate, step_weights=how, stages=2, split=config.lld.split)
     scale = config.train.steps / total  # a pass 1 of another length is stretched to this run
     named = [(round(step * scale), dict(zip(exp.domains, w.tolist(), strict=True))) for step, w in plan]
     return Source(named, origin=file)
@@ -169,6 +171,8 @@ def train_method(exp: Experiment, name: str) -> None:
         mixture.load_state_dict(state["mixture"])
         seconds = state["seconds"]
         torch.set_rng_state(torch.from_numpy(arrays.pop("torch_rng")))
+        if exp.device.type == "cuda" and "cuda_rng" in arrays:
+            torch.cuda.set_rng_state(torch.from_numpy(arrays.pop("cuda_rng")), exp.device)
         if source.controller is not None:
             source.controller.load_state_dict(arrays)
     log = RunLog(
@@ -179,6 +183,7 @@ def train_method(exp: Experiment, name: str) -> None:
         progress=config.log.progress,
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
+        config=dataclasses.asdict(config),
     )
     if start:
         log.say(f"resumed at step {start}")
@@ -242,6 +247,8 @@ def train_method(exp: Experiment, name: str) -> None:
             window_began, window_tokens = now, 0
         if (step + 1) % t.checkpoint_every == 0 or last:
             arrays = {"torch_rng": torch.get_rng_state().numpy()}
+            if exp.device.type == "cuda":  # dropout draws there
+                arrays["cuda_rng"] = torch.cuda.get_rng_state(exp.device).numpy()
             if source.controller is not None:
                 arrays |= source.controller.state_dict()
             state = {"mixture": mixture.state_dict(), "seconds": seconds + time.perf_counter() - began}
@@ -305,7 +312,7 @@ def write_method_weights(exp: Experiment, method: Method, source: Source, folder
         # a mirror run's recipe is weighted by time in force: its logits grow with time (METHOD, last section)
         how = lld.step_weights or default_step_weights(controller.rule.name)
         weights = controller.aggregate(method=lld.aggregate, step_weights=how)
-        fields |= rule_fields(controller.rule) | {
+        fields |= rule_fields(controller.rule, controller.domains) | {
             "aggregate": lld.aggregate,
             "step_weights": how,
             "trajectory": controller.trajectory(),
@@ -320,8 +327,9 @@ def write_method_weights(exp: Experiment, method: Method, source: Source, folder
             fields["stages"] = [{"from_step": step, "weights": w} for step, w in source.stages]
         if source.origin is not None:
             origin = source.origin
-            fields |= rule_fields(rule_of(origin)) if origin.get("rule") else {}
-            fields["weights_se"] = origin.get("weights_se")
+            fields |= rule_fields(rule_of(origin), origin["domains"]) if origin.get("rule") else {}
+            # pass 1's errors are of its one recipe, not of a stage's
+            fields["weights_se"] = origin.get("weights_se") if method.stages == 1 else None
             fields["pass1"] = {key: origin.get(key) for key in ("method", "rule", "total_steps", "target", "base", "seed")}
             fields["target"] = origin.get("target") or fields.get("target")
     target = fields.get("target") if fields["rule"] else None
@@ -383,6 +391,10 @@ def run(config: Config) -> Path:
         if config.target.mixture:
             config = with_trained_target(config)
         exp = Experiment.open(config, methods)
+        for method in map(parse_method, methods):  # wrong weights are told now, not after the methods before them
+            finished = (out / "methods" / method.name / "result.json").exists()
+            if not finished and (method.passes == 1 or config.lld.pass1):
+                make_source(exp, method)
         for name in methods:
             done = out / "methods" / name / "result.json"
             if done.exists():

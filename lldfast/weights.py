@@ -12,12 +12,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lldfast.errors import InputError
+
+if TYPE_CHECKING:
+    from lldfast.gram import GramEstimate
 
 Array = NDArray[np.float64]
 Values = Mapping[str, float] | ArrayLike
@@ -25,6 +28,7 @@ V = TypeVar("V", bound=Values)
 
 # ridge="auto" only makes the K x K system solvable in fp64; a statistical ridge is a choice the caller states.
 MAX_CONDITION = 1e8
+NORMALISE = ("spread", "trace", "none")
 
 
 def align(values: Values, domains: Sequence[str], what: str = "values") -> Array:
@@ -33,6 +37,8 @@ def align(values: Values, domains: Sequence[str], what: str = "values") -> Array
     Raises:
         InputError: a domain is missing, unknown or repeated, the length differs, or a value is NaN.
     """
+    if not len(domains):
+        raise InputError(f"{what}: there are no domains")
     if len(set(domains)) != len(domains):
         raise InputError(f"domains repeat a name: {list(domains)}")
     if isinstance(values, Mapping):
@@ -44,9 +50,9 @@ def align(values: Values, domains: Sequence[str], what: str = "values") -> Array
         missing = [name for name in domains if name not in values]
         if missing:
             raise InputError(f"{what}: domain {missing[0]!r} is missing")
-        array = np.array([values[name] for name in domains], dtype=np.float64)
+        array = _numbers([values[name] for name in domains], what)
     else:
-        array = np.asarray(values, dtype=np.float64)
+        array = _numbers(values, what)
         if array.shape != (len(domains),):
             raise InputError(f"{what}: expected {len(domains)} values, one per domain, got shape {array.shape}")
     bad = np.flatnonzero(np.isnan(array))
@@ -55,12 +61,19 @@ def align(values: Values, domains: Sequence[str], what: str = "values") -> Array
     return array
 
 
+def _numbers(values: Any, what: str) -> Array:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: expected numbers, got {values!r:.100} ({error})") from None
+
+
 def _names(values: Values, domains: Sequence[str] | None) -> list[str]:
     if isinstance(values, Mapping):
         return list(values) if domains is None else list(domains)
     if domains is not None:
         return list(domains)
-    array = np.asarray(values, dtype=np.float64)
+    array = _numbers(values, "values")
     if array.ndim != 1:
         raise InputError(f"expected one value per domain, got shape {array.shape}")
     return [str(k) for k in range(len(array))]
@@ -82,6 +95,10 @@ def simplex(values: Values, domains: Sequence[str], what: str = "weights") -> Ar
         raise InputError(f"{what}: the weight of domain {domains[int(bad[0])]!r} is {array[bad[0]]}, not a finite number >= 0")
     if array.sum() <= 0:
         raise InputError(f"{what}: all weights are zero")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.sum())
+    if not finite:
+        raise InputError(f"{what}: the sum of the weights is not finite")
     return array / array.sum()
 
 
@@ -100,7 +117,7 @@ def _log(weights: Array) -> Array:
 
 
 def _check_tau(tau: float) -> None:
-    if not tau > 0:
+    if not isinstance(tau, (int, float, np.number)) or not tau > 0:
         raise InputError(f"tau must be > 0 (inf gives the prior), got {tau}")
 
 
@@ -166,16 +183,16 @@ def adjusted_direction(
     Raises:
         InputError: shapes, a G that is not finite, not symmetric or zero, unknown `normalise`, negative ridge.
     """
-    g = np.asarray(gram, dtype=np.float64)
-    d = np.asarray(delta, dtype=np.float64)
-    if d.ndim != 1 or g.shape != (len(d), len(d)):
+    g = _numbers(gram, "gram")
+    d = _numbers(delta, "delta")
+    if d.ndim != 1 or not len(d) or g.shape != (len(d), len(d)):
         raise InputError(f"gram must be [K, K] for delta [K], got {g.shape} and {d.shape}")
     if not np.isfinite(g).all():
         raise InputError("gram has entries that are not finite")
     if not np.allclose(g, g.T, rtol=1e-6, atol=1e-9 * max(float(np.abs(g).max(initial=0.0)), 1e-300)):
         raise InputError("gram is not symmetric")
-    if normalise not in ("spread", "trace", "none"):
-        raise InputError(f"normalise must be 'spread', 'trace' or 'none', got {normalise!r}")
+    if normalise not in NORMALISE:
+        raise InputError(f"normalise must be one of {', '.join(NORMALISE)}, got {normalise!r}")
     values, vectors = np.linalg.eigh((g + g.T) / 2)
     if values[-1] <= 0:
         raise InputError("gram has no positive eigenvalue")
@@ -200,7 +217,7 @@ def adjusted_direction(
 
 
 def adjusted_lld_weights(
-    gram: ArrayLike,
+    gram: ArrayLike | GramEstimate,
     delta: V,
     *,
     tau: float = 1.0,
@@ -213,7 +230,8 @@ def adjusted_lld_weights(
     """Adjusted-LLD, eq. (6): `w_k ~ w0_k exp((G^-1 Delta)_k / tau)`.
 
     Args:
-        gram: G = J J^T [K, K] in the order of `delta` (of `domains` when given).
+        gram: G = J J^T [K, K] in the order of `delta` (of `domains` when given), or what `gram.estimate` returns, which is
+            aligned by name.
         normalise, ridge: see `adjusted_direction`; the paper's literal rule is normalise="none", ridge=0.
 
     Returns:
@@ -223,10 +241,14 @@ def adjusted_lld_weights(
         InputError: as `lld_weights` and `adjusted_direction`.
     """
     _check_tau(tau)
+    if hasattr(gram, "matrix"):  # a GramEstimate, which this module must not import: it needs torch
+        estimate = cast("GramEstimate", gram)
+        domains = estimate.domains if domains is None and not isinstance(delta, Mapping) else domains
+        gram = estimate.matrix(_names(delta, domains))
     names = _names(delta, domains)
     d = align(delta, names, "delta")
     _check_delta(d, names)
-    direction = adjusted_direction(gram, d, normalise=normalise, ridge=ridge)
+    direction = adjusted_direction(cast(ArrayLike, gram), d, normalise=normalise, ridge=ridge)
     w = softmax(_log_prior(prior, names) + direction.contrast / tau)
     return _like(delta, names, with_floor(w, floor))
 
@@ -290,7 +312,12 @@ def entropy(weights: ArrayLike) -> float:
 
 
 def effective_domains(weights: Values) -> float:
-    """Effective number of domains, exp(H(w)): K for uniform weights, 1 for a single domain."""
+    """Effective number of domains, exp(H(w)): K for uniform weights, 1 for a single domain.
+
+    Raises:
+        InputError: as `simplex`.
+    """
+    simplex(weights, _names(weights, None))
     return float(np.exp(entropy(list(weights.values()) if isinstance(weights, Mapping) else weights)))
 
 
@@ -322,8 +349,16 @@ class Rule:
         _check_tau(self.tau)
         if self.tau_end is not None:
             _check_tau(self.tau_end)
-        if not self.step_size > 0:
-            raise InputError(f"step_size must be > 0, got {self.step_size}")
+        if not (self.step_size > 0 and np.isfinite(self.step_size)):
+            raise InputError(f"step_size must be > 0 and finite, got {self.step_size}")
+        if not 0 <= self.floor <= 1:
+            raise InputError(f"floor must lie in [0, 1/K] for K domains, got {self.floor}")
+        if self.normalise not in NORMALISE:
+            raise InputError(f"normalise must be one of {', '.join(NORMALISE)}, got {self.normalise!r}")
+        if self.ridge != "auto" and not float(self.ridge) >= 0:
+            raise InputError(f"ridge must be >= 0 or 'auto', got {self.ridge}")
+        if isinstance(self.prior, Mapping):
+            raise InputError("a rule's prior is a tuple of weights in the order of the domains, not a mapping")
 
     @property
     def needs_gram(self) -> bool:
@@ -396,6 +431,8 @@ def two_stage_weights(
     if not 0 < split < 1:
         raise InputError(f"split must lie between 0 and 1, got {split}")
     boundary = max(1, round(total * split))
+    if boundary >= total:
+        raise InputError(f"a run of {total} steps split at {split} has no second stage")
     s = np.asarray(steps)
     ends = np.append(s[1:], total)
     first = np.clip(np.minimum(ends, boundary) - s, 0, None).astype(float)

@@ -45,6 +45,8 @@ def disclosure(rule: str | None, target: dict[str, Any] | None) -> str:
 
 def save_weights(path: str | Path, weights: dict[str, float], **fields: Any) -> Path:
     """Write a weights file atomically. `fields` are provenance: rule, tau, trajectory, base, target, corpus_hash, seed, ..."""
+    if not isinstance(weights, dict):
+        raise InputError(f"{path}: weights must be {{domain: weight}}, got {type(weights).__name__}")
     names = list(weights)
     normalised = simplex(weights, names)
     write_json(
@@ -143,7 +145,7 @@ def recompute(
     Args:
         rule: the rule of the file by default. Another rule is applied along the trajectory of the run that was made.
         aggregate: "geometric", "arithmetic", or "none" (the last estimate).
-        step_weights: "equal" or "elapsed"; by default equal, and elapsed for mirror.
+        step_weights: "equal" or "elapsed"; by default equal, and elapsed for mirror and for two stages.
         steps: use these estimates only.
 
     Returns:
@@ -161,23 +163,33 @@ def recompute(
         at, deltas, grams = [at[i] for i in keep], deltas[keep], [grams[i] for i in keep]
     total = int(file["total_steps"])
     names = file["domains"]
-    step_weights = step_weights or default_step_weights(rule.name)
+    step_weights = step_weights or default_step_weights(rule.name, stages)
     weights = replay(rule, at, total, deltas, grams)
     plan = combine(at, total, weights, aggregate=aggregate, step_weights=step_weights, stages=stages, split=split)
     final = plan[-1][1] if aggregate == "none" else plan[0][1]
+    # the weights of every step follow the rule too: a two-stage pass 2 is made from them
+    stored = {int(entry["step"]): entry for entry in file["trajectory"]}
+    trajectory = [
+        {**stored[step], "weights": dict(zip(names, w.tolist(), strict=True)), "effective_domains": effective_domains(w)}
+        for step, w in zip(at, weights, strict=True)
+    ]
     replicates = Path(path).with_name("delta_bootstrap.npz")
     errors = None
     if replicates.exists() and aggregate != "none" and stages == 1:
-        with np.load(replicates) as stored:
-            rows = [i for i, step in enumerate(stored["steps"].tolist()) if step in set(at)]
-            drawn = stored["deltas"][rows]  # [S, B, K]
+        with np.load(replicates) as arrays:
+            rows = [i for i, step in enumerate(arrays["steps"].tolist()) if step in set(at)]
+            drawn = arrays["deltas"][rows]  # [S, B, K]
         errors = recipe_errors(rule, at, total, drawn, grams, aggregate=aggregate, step_weights=step_weights)
     return {
         **file,
         "weights": dict(zip(names, final.tolist(), strict=True)),
         "effective_domains": effective_domains(final),
         "weights_se": None if errors is None else dict(zip(names, errors.tolist(), strict=True)),
-        **rule_fields(rule),
+        **rule_fields(rule, names),
+        "trajectory": trajectory,
+        "last_weights": dict(zip(names, weights[-1].tolist(), strict=True)),
+        "last_weights_se": None,
+        "disclosure": disclosure(rule.name, file["target"]) if file.get("target") else file.get("disclosure"),
         "aggregate": aggregate,
         "step_weights": step_weights,
         "stages": [{"from_step": s, "weights": dict(zip(names, w.tolist(), strict=True))} for s, w in plan]
@@ -205,13 +217,14 @@ def recipe_errors(
     return standard_errors(replicates.transpose(1, 0, 2), fixed)
 
 
-def default_step_weights(rule: str) -> str:
-    """Equal for the paper's rules (eq. (8)); elapsed for mirror, whose logits grow with time."""
-    return "elapsed" if rule == "mirror" else "equal"
+def default_step_weights(rule: str, stages: int = 1) -> str:
+    """Equal for the paper's rules (eq. (8)); elapsed for mirror, whose logits grow with time, and for two stages, each of which
+    counts the estimates that were in force in it."""
+    return "elapsed" if rule == "mirror" or stages == 2 else "equal"
 
 
-def rule_fields(rule: Rule) -> dict[str, Any]:
-    """A rule as JSON fields of a weights file (an infinite tau is written as the string "inf")."""
+def rule_fields(rule: Rule, domains: Sequence[str] = ()) -> dict[str, Any]:
+    """A rule as JSON fields of a weights file (an infinite tau is the string "inf"); `domains` name the entries of its prior."""
     return {
         "rule": rule.name,
         "tau": rule.tau if math.isfinite(rule.tau) else "inf",
@@ -220,7 +233,7 @@ def rule_fields(rule: Rule) -> dict[str, Any]:
         "floor": rule.floor,
         "normalise": rule.normalise,
         "ridge": rule.ridge,
-        "prior": None if rule.prior is None else list(rule.prior),
+        "prior": None if rule.prior is None else dict(zip(domains, rule.prior, strict=True)),
     }
 
 
@@ -231,11 +244,11 @@ def rule_of(file: dict[str, Any]) -> Rule:
     prior = file.get("prior")
     return Rule(
         name=file["rule"],
-        tau=float(file["tau"]),
+        tau=float(file.get("tau", 1.0)),
         tau_end=file.get("tau_end"),
         step_size=file.get("step_size", 4.0),
         floor=file.get("floor", 0.0),
         normalise=file.get("normalise", "spread"),
         ridge=file.get("ridge", "auto"),
-        prior=None if prior is None else tuple(prior),
+        prior=None if prior is None else tuple(prior[name] for name in file["domains"]),
     )

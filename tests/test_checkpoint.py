@@ -51,6 +51,12 @@ def test_damage_and_strangers_are_named(tmp_path):
     (path / "model.safetensors").write_bytes(raw[: len(raw) // 2])
     with pytest.raises(CorruptError, match="damaged"):
         load_checkpoint(path, model=model, optimizer=optimizer)
+    (path / "model.safetensors").write_bytes(raw)
+    whole = (path / "arrays.npz").read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"PK" + whole[2:-30]):
+        (path / "arrays.npz").write_bytes(damaged)
+        with pytest.raises(CorruptError, match="damaged"):
+            load_checkpoint(path, model=model, optimizer=optimizer)
     (path / "state.json").write_text("{}")
     with pytest.raises(CorruptError, match=r"state\.json"):
         load_checkpoint(path, model=model, optimizer=optimizer)

@@ -15,6 +15,11 @@ def test_precedence_defaults_recipe_config_options(tmp_path):
     assert c.methods == ["uniform"] and c.train.weight_decay == 0.1 and c.recipe == str(recipe)
 
 
+def test_a_real_model_in_place_of_a_recipes_mixture():
+    c = parse_config(["--recipe", "pile-sample", "--target.model", "some/model", "--target.mixture", "null"])
+    assert c.target.model == "some/model" and c.target.mixture is None
+
+
 @pytest.mark.parametrize("name", ["demo", "demo-target", "paper", "pile-sample", "smollm2"])
 def test_shipped_recipes_parse(name):
     extra = ["--target.model=x"] if name == "paper" else []
@@ -51,6 +56,7 @@ def test_demo_is_the_default_and_methods_take_commas():
         (["--lld.bootstrap=1"], "bootstrap"),
         (["--target.mixture={a: 1}"], "not both"),
         (["--method"], "needs a value"),
+        (["--model.init=folder", "--model.n_layer=3"], "model.n_layer cannot be changed"),
     ],
 )
 def test_bad_values_name_the_parameter(args, message):

@@ -95,5 +95,7 @@ def test_jsd():
     np.testing.assert_allclose(m, m.T)
     assert np.abs(np.diag(m)).max() < 1e-12
     assert jsd_matrix([[1.0, 0.0], [0.0, 1.0]])[0, 1] == pytest.approx(math.log(2))
+    named = jsd_matrix({"early": {"a": 0.9, "b": 0.1}, "late": {"b": 0.9, "a": 0.1}})
+    np.testing.assert_allclose(named, jsd_matrix([[0.9, 0.1], [0.1, 0.9]]))
     with pytest.raises(InputError):
         jsd_matrix([])

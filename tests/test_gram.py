@@ -11,6 +11,7 @@ from lldfast.errors import InputError, TrainingError
 from lldfast.loglik import IGNORE, batches, score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
+from lldfast.weights import adjusted_lld_weights
 
 rng = np.random.default_rng(0)
 
@@ -93,6 +94,17 @@ def test_order_frozen_and_mode(scorer):
     assert scorer.module.training and all(p.grad is None for p in scorer.module.parameters())
     with pytest.raises(InputError, match="no domain 'z'"):
         full.matrix(["z"])
+
+
+def test_the_estimate_goes_into_the_weights_by_name(scorer):
+    estimate = gram.estimate(scorer, EVALSET)
+    delta = {"c": 0.3, "a": -0.1, "b": 0.2}
+    w = adjusted_lld_weights(estimate, delta)
+    plain = adjusted_lld_weights(estimate.gram, np.array([-0.1, 0.2, 0.3]))
+    np.testing.assert_allclose([w[k] for k in "abc"], plain)
+    np.testing.assert_allclose(adjusted_lld_weights(estimate, np.array([-0.1, 0.2, 0.3])), plain)
+    with pytest.raises(InputError, match="no domain 'z'"):
+        adjusted_lld_weights(estimate, {"a": 1.0, "z": 2.0})
 
 
 def test_bad_calls(scorer):

@@ -261,3 +261,12 @@ def test_dtensor_is_refused():
 
     with pytest.raises(InputError, match="DTensor"):
         logprob(torch.zeros(3, 5).as_subclass(Sharded), torch.zeros(3, dtype=torch.long))
+
+
+def test_the_tail_of_a_large_vocabulary_is_not_lost():
+    """One large logit, then very many small ones: a serial fp32 sum drops them, always in the same direction."""
+    logits = torch.randn(8, 100_000) - 8
+    logits[:, 0] = 6
+    labels = torch.randint(100_000, (8,))
+    gap = logprob(logits, labels).logprob.double() - reference(logits, labels).logprob
+    assert float(gap.abs().max()) < 2e-6

@@ -1,5 +1,7 @@
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,7 +34,21 @@ def test_disk_full_names_the_log(tmp_path):
         log.write({"x": 1})
 
 
-def test_run_log_lines_and_tensorboard(tmp_path, capsys):
+def test_wandb_gets_configuration_log_and_measurements(tmp_path, monkeypatch):
+    sent = []
+    fake = SimpleNamespace(init=lambda **options: sent.append(options) or fake)
+    fake.log = lambda values, step: sent.append((step, values))
+    fake.finish = lambda: None
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = RunLog(tmp_path, name="m", total=3, progress=False, wandb="project", config={"seed": 7})
+    log.step({"step": 0, "loss": 2.5, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 9.0, "weights": {"a": 1.0}}, line=False)
+    log.measured({"step": 0, "kl": 5.0, "true_kl": None, "nll_gap": 0.1, "loglik": "x.parquet"})
+    log.close()
+    assert sent[0]["config"] == {"seed": 7} and sent[1][1]["weights/a"] == 1.0
+    assert sent[2] == (0, {"measure/kl": 5.0, "measure/nll_gap": 0.1})
+
+
+def test_run_log_lines(tmp_path, capsys):
     log = RunLog(tmp_path, name="m", total=3, progress=False)
     record = {"step": 0, "loss": 2.5, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 1000.0, "weights": {"a": 1.0}}
     log.step(record, line=True)

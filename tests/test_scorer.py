@@ -91,6 +91,11 @@ def test_the_head_carries_its_options(family, option, value, bpe):
     assert load_scorer(tiny(family), tokenizer=bpe).head().options()[option] == value
 
 
+def test_a_model_in_memory_keeps_its_mode(bpe):
+    model = tiny("Llama").train()
+    assert load_scorer(model, tokenizer=bpe).module is model and model.training
+
+
 def test_the_head_carries_its_bias(bpe):
     model = tiny("Phi")
     assert load_scorer(model, tokenizer=bpe).head().bias is model.lm_head.bias

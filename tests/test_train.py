@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from lldfast.config import Config, LogConfig, ModelConfig, TargetConfig, TrainCo
 from lldfast.data.prepare import prepare
 from lldfast.errors import BusyError, InputError, TrainingError
 from lldfast.files import folder_lock, read_json
+from lldfast.models.scorer import Scorer
 from lldfast.runlog import read_jsonl
 from lldfast.train import run
 from lldfast.weightsfile import load_weights, save_weights
@@ -132,6 +134,11 @@ def test_pass_2_trains_on_the_recipe_of_pass_1(finished):
     assert stages[0]["from_step"] == 0 and stages[1]["from_step"] == STEPS // 2
     assert log[STEPS // 2 - 1]["weights"] == pytest.approx(stages[0]["weights"])
     assert log[STEPS // 2]["weights"] == pytest.approx(stages[1]["weights"])
+    # the errors of pass 1's one recipe are not those of a stage
+    errors = [
+        read_json(finished / "methods" / m / "weights.json")["weights_se"] for m in ("iterative", "aggregated", "two-stage")
+    ]
+    assert errors[0] == errors[1] != {} and errors[2] is None
 
 
 def test_same_seed_same_start_same_order(finished):
@@ -147,6 +154,7 @@ def test_a_finished_run_is_kept(finished, corpus, target, capsys):
     run(config(finished, corpus, methods=["uniform", "mirror"], target=TargetConfig(model=str(target))))
     assert {p: p.stat().st_mtime_ns for p in finished.glob("methods/*/result.json")} == before
     assert "finished earlier" in capsys.readouterr().err
+    assert len(read_json(finished / "summary.json")["rows"]) == 10  # methods of an earlier call stay in the answer
 
 
 def test_offline_weights_of_a_run(finished, capsys):
@@ -276,9 +284,43 @@ def test_tokenizer_of_shards_and_model_differ(corpus, target, tmp_path):
     run(c)  # the same tokenizer is fine: continued pretraining
 
 
-def test_a_domain_without_evaluation_texts(corpus, target, tmp_path):
-    import shutil
+def test_a_prior_is_aligned_by_name_whatever_the_order_of_the_evaluation_texts(corpus, target, tmp_path):
+    from lldfast.config import parse_method
+    from lldfast.data.evalset import EvalSet
+    from lldfast.experiment import Experiment
+    from lldfast.train import make_source
 
+    folder = tmp_path / "data"
+    shutil.copytree(corpus, folder)
+    e = EvalSet.load(folder / "eval.parquet")
+    back = np.arange(len(e))[::-1]
+    EvalSet([e.texts[i] for i in back], e.domain[back], e.part[back], e.document[back]).save(folder / "eval.parquet")
+    c = config(tmp_path / "run", folder, methods=["iterative"], target=TargetConfig(model=str(target)))
+    c = dataclasses.replace(c, lld=dataclasses.replace(c.lld, prior="proportional", tau=1e9))
+    exp = Experiment.open(c, ["iterative"])
+    controller = make_source(exp, parse_method("iterative")).controller
+    assert controller.domains == exp.domains[::-1]
+    weights = controller.step(0, Scorer.from_gpt(exp.new_model(), exp.tokenizer))
+    assert weights == pytest.approx(exp.shards.proportions(), rel=1e-6)
+
+
+def test_a_base_to_continue_from_brings_its_own_shape(corpus, target, tmp_path):
+    from lldfast.experiment import Experiment
+
+    c = config(tmp_path / "run", corpus, model=ModelConfig(preset="demo-330k", init=str(target)))
+    exp = Experiment.open(c, ["uniform"])
+    assert exp.new_model().config == exp.model_config() and exp.tokens_per_step == 4 * 64
+    assert exp.base_identity["hash"] == json.loads((target / "model.json").read_text())["sha256"]
+
+
+def test_a_ground_truth_with_a_zero_has_no_finite_weight_kl(corpus, target, tmp_path):
+    truth = save_weights(tmp_path / "truth.json", {"code": 1.0, "prose": 0.0, "table": 0.0}, rule=None, trajectory=[])
+    c = config(tmp_path / "run", corpus, target=TargetConfig(model=str(target), weights=str(truth)))
+    run(dataclasses.replace(c, train=dataclasses.replace(c.train, steps=2)))
+    assert [r["weight_kl"] for r in read_jsonl(tmp_path / "run/methods/uniform/metrics.jsonl")] == [None] * 3
+
+
+def test_a_domain_without_evaluation_texts(corpus, target, tmp_path):
     from lldfast.data.evalset import EvalSet
 
     folder = tmp_path / "data"

@@ -7,7 +7,15 @@ import pytest
 
 from lldfast.errors import CorruptError, InputError
 from lldfast.weights import Rule, aggregate_weights, lld_weights, replay
-from lldfast.weightsfile import disclosure, load_weights, read_weights_file, recompute, rule_fields, save_weights
+from lldfast.weightsfile import (
+    disclosure,
+    load_weights,
+    read_weights_file,
+    recompute,
+    rule_fields,
+    rule_of,
+    save_weights,
+)
 
 rng = np.random.default_rng(0)
 NAMES = ["Github", "Pile-CC", "Wikipedia (en)"]
@@ -64,6 +72,30 @@ def test_subsets_rules_and_stages(run):
         recompute(run, steps=[3])
     with pytest.raises(InputError, match="Gram"):
         recompute(run, rule=Rule("adjusted"))
+
+
+def test_the_trajectory_follows_the_rule(run):
+    """A two-stage pass 2 is made from the trajectory's weights, so a recomputed file must not keep those of the old rule."""
+    out = recompute(run, rule=Rule(tau=0.1), steps=[10, 20])
+    assert [entry["step"] for entry in out["trajectory"]] == [10, 20]
+    for entry, d in zip(out["trajectory"], DELTAS[4:], strict=True):
+        np.testing.assert_allclose([entry["weights"][n] for n in NAMES], lld_weights(d, tau=0.1), rtol=1e-9)
+    assert out["last_weights"] == out["trajectory"][-1]["weights"]
+
+
+def test_two_stages_weight_by_time_as_training_does(run):
+    assert recompute(run, stages=2)["step_weights"] == "elapsed"
+    equal = recompute(run, stages=2, step_weights="equal")["stages"]
+    closed = lld_weights(DELTAS[:5].mean(axis=0))  # estimates at 0, 1, 2, 4, 10; the boundary is 15
+    np.testing.assert_allclose([equal[0]["weights"][n] for n in NAMES], closed, rtol=1e-9)
+
+
+def test_a_prior_is_kept_by_name(tmp_path):
+    prior = (0.2, 0.3, 0.5)
+    fields = rule_fields(Rule(prior=prior), NAMES)
+    assert fields["prior"] == dict(zip(NAMES, prior, strict=True))
+    path = save_weights(tmp_path / "w.json", dict(zip(NAMES[::-1], prior, strict=True)), **fields)
+    assert rule_of(read_weights_file(path)).prior == prior[::-1]
 
 
 def test_load_checks_names(run, tmp_path):

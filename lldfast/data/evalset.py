@@ -50,13 +50,17 @@ class EvalSet:
         n = len(self.texts)
         self.domain = _objects(domain, n, "domain")
         self.part = _objects(part, n, "part")
-        self.document = np.array([-1] * n if document is None else list(document), np.int64)
+        try:
+            self.document = np.array([-1] * n if document is None else list(document), np.int64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"document numbers must be integers ({error})") from None
         if len(self.document) != n:
             raise InputError(f"{n} texts but {len(self.document)} document numbers")
         self.n_bytes = np.fromiter((_utf8_length(text, i) for i, text in enumerate(self.texts)), np.int64, n)
         for i, (name, which) in enumerate(zip(self.domain, self.part, strict=True)):
             if not isinstance(name, str) or not name.strip():
                 raise InputError(f"text {i} has no domain name (got {name!r})")
+            _utf8_length(name, i, "the domain name of text")
             if which not in PARTS:
                 raise InputError(f"text {i} (domain {name}): part must be one of {', '.join(PARTS)}, got {which!r}")
         self.domains = list(dict.fromkeys(self.domain.tolist()))
@@ -172,10 +176,10 @@ def _objects(values: Iterable[str], n: int, what: str) -> npt.NDArray[np.object_
     return out
 
 
-def _utf8_length(text: Any, i: int) -> int:
+def _utf8_length(text: Any, i: int, what: str = "text") -> int:
     if not isinstance(text, str) or not text:
-        raise InputError(f"text {i} is not a non-empty string (got {text!r})")
+        raise InputError(f"{what} {i} is not a non-empty string (got {text!r})")
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
-        raise InputError(f"text {i} is not valid Unicode: {error.reason} at character {error.start}") from None
+        raise InputError(f"{what} {i} is not valid Unicode: {error.reason} at character {error.start}") from None

@@ -77,8 +77,8 @@ class DomainMixture:
         backend: str = "auto",
     ) -> None:
         for name, value in (("block_size", block_size), ("batch_size", batch_size), ("world_size", world_size)):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise InputError(f"{name} must be an integer of at least 1, not {value!r}")
         if not 0 <= rank < world_size:
             raise InputError(f"rank {rank} is not one of {world_size} ranks")
         if batch_size % world_size:
@@ -121,7 +121,7 @@ class DomainMixture:
         Raises:
             InputError: as for the constructor; the old weights then stay.
         """
-        values = self._by_name(weights) if isinstance(weights, Mapping) else np.asarray(weights, dtype=np.float64)
+        values = self._by_name(weights) if isinstance(weights, Mapping) else _numbers(weights)
         if values.shape != (len(self.domains),):
             raise InputError(f"weights have shape {values.shape}; there are {len(self.domains)} domains")
         for domain, value in zip(self.domains, values):
@@ -144,7 +144,7 @@ class DomainMixture:
             raise InputError(f"weights name the unknown domain {unknown[0]!r}; {self.shards.path} has: {', '.join(self.domains)}")
         if missing:
             raise InputError(f"weights lack the domain {missing[0]!r} of {self.shards.path}")
-        return np.array([weights[domain] for domain in self.domains], dtype=np.float64)
+        return _numbers([weights[domain] for domain in self.domains])
 
     def next_batch(self) -> Batch:
         """The rows of one optimiser step, all its micro-batches in order; this rank's slice.
@@ -235,18 +235,32 @@ class DomainMixture:
         """Go on exactly where `state_dict` was taken; batch size, draw and number of ranks may have changed.
 
         Raises:
-            InputError: another corpus, seed, block size or set of domains, under which the cursors would mean other texts.
+            InputError: another corpus, seed, block size or set of domains, under which the cursors would mean other texts; or
+                not a state of `state_dict`.
         """
+        lacking = [key for key in ("corpus_hash", "seed", "block_size", "cursors", "weights", "step") if key not in state]
+        if lacking:
+            raise InputError(f"cannot resume: the state has no {lacking[0]!r}")
         for key, own in (("corpus_hash", self.shards.corpus_hash), ("seed", self.seed), ("block_size", self.block_size)):
             if state[key] != own:
                 raise InputError(f"cannot resume: {key} was {state[key]} and is now {own}")
         cursors, weights = state["cursors"], self._by_name(state["weights"])
         if set(cursors) != set(self.domains):
             raise InputError(f"cannot resume: the cursors are of {sorted(cursors)}, the domains are {sorted(self.domains)}")
+        for domain, n in cursors.items():
+            if n < 0:
+                raise InputError(f"cannot resume: the cursor of domain {domain!r} is {n}")
         self.set_weights(weights)
         self.weights = weights  # they were normalised when saved; a second division could change a bit
         self._cursors = np.array([cursors[domain] for domain in self.domains], dtype=np.int64)
         self.step = int(state["step"])
+
+
+def _numbers(weights: Any) -> np.ndarray:
+    try:
+        return np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"weights must be numbers, by domain name or one per domain, not {weights!r:.100} ({error})") from None
 
 
 def permute(position: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ from lldfast.data import builtin, evalplan
 from lldfast.data.encode import Part, encode, token_dtype, token_hash
 from lldfast.data.evalplan import Plan, make_plan
 from lldfast.data.evalset import PARTS, EvalSet
-from lldfast.data.shards import ShardWriter, TokenShards, write_manifest
+from lldfast.data.shards import ShardWriter, TokenShards, check_domain_name, write_manifest
 from lldfast.data.sources import Source
 from lldfast.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_manifest, train_bpe
 from lldfast.errors import CorruptError, InputError
@@ -44,7 +44,7 @@ BPE_BYTES, MOST_BPE_BYTES = 8 << 10, 64 << 20  # text a BPE is trained on: per t
 
 
 def prepare(
-    inputs: str | Iterable[str],
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     domain_field: str | None = None,
@@ -90,9 +90,13 @@ def prepare(
         BusyError: another process is preparing the same `out`.
         WriteError: the disk is full; nothing is published, and the same command goes on when there is space.
     """
+    if not str(out).strip():
+        raise InputError("out is empty: name the folder to make")  # Path("") is the current folder
     out = Path(out).absolute()
+    inputs = [str(inputs)] if isinstance(inputs, (str, os.PathLike)) else [str(item) for item in inputs]
+    domains = [domains] if isinstance(domains, str) else domains
     arguments: dict[str, Any] = {
-        "inputs": [inputs] if isinstance(inputs, str) else [str(item) for item in inputs],
+        "inputs": inputs,
         "domain_field": domain_field,
         "text_field": text_field,
         "tokenizer": str(tokenizer),
@@ -150,10 +154,14 @@ def verify(path: str | os.PathLike[str]) -> None:
         InputError: `path` is not a finished data folder.
         CorruptError: the first thing found wrong, with its file.
     """
-    folder = Path(path)
-    shards = TokenShards(folder)
+    shards = TokenShards(path)
+    folder = shards.path.parent  # `path` may be the shards inside
     shards.verify()
     record = read_json(folder / "prepare.json")
+    if not isinstance(record, dict) or record.get("format") != "lldfast-prepare" or record.get("version") != 1:
+        raise CorruptError(f"{folder / 'prepare.json'} is not a version 1 lldfast-prepare file")
+    if not isinstance(record.get("held_out"), list) or set(record.get("domains") or ()) != set(shards.domains):
+        raise CorruptError(f"{folder / 'prepare.json'}: held_out is missing, or the domains are not {shards.domains}")
     file = folder / "eval.parquet"
     evalset = EvalSet.load(file)
     tokenizer_from_manifest(shards.tokenizer, folder)
@@ -207,6 +215,8 @@ def _is_done(out: Path, record: Mapping[str, Any], overwrite: bool) -> bool:
     if not (out / "prepare.json").is_file():
         raise InputError(f"{out} exists and is not a folder that prepare made: choose another, or remove it")
     there = read_json(out / "prepare.json")
+    if not isinstance(there, dict):
+        raise CorruptError(f"{out / 'prepare.json'}: expected a JSON object, got {type(there).__name__}")
     differing = [key for key in ("arguments", "inputs") if there.get(key) != json.loads(json.dumps(record[key]))]
     if not differing:
         try:
@@ -244,6 +254,8 @@ def _plan(source: Source, work: Path, stamps: Any, a: Mapping[str, Any], resume:
             seed=a["seed"],
             on_bytes=bar.update,
         )
+    for name in plan.domains:
+        check_domain_name(name)  # now, not after the encoding
     for warning in plan.warnings if progress else ():
         tqdm.write(f"warning: {warning}", file=sys.stderr)
     write_json(path, {"stamps": stamps, "plan": plan.to_json()})

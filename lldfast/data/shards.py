@@ -38,6 +38,20 @@ def domain_file_stem(domain: str) -> str:
     return re.sub(r"[^A-Za-z0-9 ._()&+,-]|^\.", lambda match: "".join(f"%{byte:02X}" for byte in match.group().encode()), domain)
 
 
+def check_domain_name(domain: str) -> str:
+    """The file stem of a domain.
+
+    Raises:
+        InputError: the name is empty or too long for a file.
+    """
+    stem = domain_file_stem(domain)
+    if not stem:
+        raise InputError("a domain needs a name")
+    if len(stem) > 240:
+        raise InputError(f"domain {domain[:60] + '...'!r}: the name is too long for a file ({len(stem)} characters)")
+    return stem
+
+
 def xxh3_file(path: str | os.PathLike[str]) -> str:
     """XXH3-64 of a file's bytes as 16 hex digits; by the C++ extension, or the xxhash package where it was not built.
 
@@ -79,12 +93,7 @@ class ShardWriter:
             raise InputError(f"domain {domain!r}: token dtype {dtype!r} is unknown; choose {' or '.join(DTYPES)}")
         self.domain = domain
         self.dtype = dtype
-        stem = domain_file_stem(domain)
-        if not stem:
-            raise InputError("a domain needs a name")
-        if len(stem) > 240:
-            raise InputError(f"domain {domain!r}: the name is too long for a file")
-        self.path = Path(folder) / f"{stem}.bin"
+        self.path = Path(folder) / f"{check_domain_name(domain)}.bin"
         self._n_bytes = 0
         self._offsets = [0]
         with explain_write_errors(self.path):
@@ -212,7 +221,7 @@ class TokenShards:
             self.n_documents = {domain: int(entry["documents"]) for domain, entry in self._entries.items()}
             intact = self.corpus_hash == _corpus_hash(self.tokenizer, self._entries)
             outside = [entry["file"] for entry in self._entries.values() if Path(entry["file"]).name != entry["file"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(f"{manifest_path}: a field is missing or wrong ({error!r})") from None
         if not intact:
             raise CorruptError(f"{manifest_path}: the corpus hash does not match the domains listed; the manifest was altered")

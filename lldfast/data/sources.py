@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -190,7 +191,8 @@ class Source:
             raise
         except Exception as error:  # datasets, fsspec and the hub client raise many classes of their own
             which = f"config {self.config}, split {self.split}"
-            raise InputError(f"dataset {item.name} ({which}) cannot be opened: {error}") from error
+            hint = "; there is no file or folder of that name here either" if item.kind == "hub" else ""
+            raise InputError(f"dataset {item.name} ({which}) cannot be opened: {error}{hint}") from error
         features = data.features or {}
         label = features.get(self.domain_field) if self.domain_field else None
         rows, read = iter(data), done
@@ -208,6 +210,8 @@ class Source:
 
 
 def _resolve(name: str, labelled: bool) -> list[Input]:
+    if not name.strip():
+        raise InputError("an input is empty: name a file, a folder or a dataset")  # Path("") is the current folder
     if name == "builtin":
         return [Input("builtin", name)]
     path = Path(name)
@@ -223,6 +227,8 @@ def _resolve(name: str, labelled: bool) -> list[Input]:
         if path.suffix or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise InputError(f"{name}: no such file or folder")
         return [Input("hub", name)]
+    if (path / "prepare.json").exists() and (path / "shards").is_dir():
+        raise InputError(f"{name} is a folder that prepare made: give what it was made from")
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return [Input("disk", name)]
     if labelled or any(_kind(file) != "text" for file in _files(path, "*")):
@@ -381,6 +387,8 @@ def _check_text(text: Any, domain: Any, where: str, text_field: str, domain_fiel
         raise InputError(f"{where}: field {domain_field!r} must be a domain name, got {type(domain).__name__}")
     if not domain.strip():
         raise InputError(f"{where}: the domain name is empty")
+    if not domain.isprintable() and any(unicodedata.category(c) == "Cc" for c in domain):  # it goes to terminals and tables
+        raise InputError(f"{where}: the domain name {domain!r:.100} has a control character")
     for what, value in (("text", text), ("domain name", domain)):
         if not value.isascii():
             try:

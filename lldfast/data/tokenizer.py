@@ -282,7 +282,12 @@ def tokenizer_from_manifest(entry: Mapping[str, Any], folder: str | os.PathLike[
         InputError: the tokenizer's file is missing.
         CorruptError: what was found does not have the hash of the entry.
     """
+    for key in ("name", "hash", "eot", "bos"):
+        if key not in entry:
+            raise CorruptError(f"{folder}: the tokenizer's entry has no field {key!r}")
     if entry.get("file"):
+        if Path(str(entry["file"])).name != entry["file"]:
+            raise CorruptError(f"{folder}: the tokenizer's file {entry['file']!r} is not the name of a file in this folder")
         tried = [Path(folder) / entry["file"], Path(folder).absolute().parent / entry["file"]]
         file = next((candidate for candidate in tried if candidate.is_file()), None)
         if file is None:
@@ -340,7 +345,10 @@ def _read_tokenizer_json(file: Path, name: str, eot: int | None = None, bos: int
     settings: dict[str, Any] = {}
     for extra in ("special_tokens_map.json", "tokenizer_config.json"):
         if (file.parent / extra).is_file():
-            settings |= {key: value for key, value in read_json(file.parent / extra).items() if value is not None}
+            content = read_json(file.parent / extra)
+            if not isinstance(content, dict):
+                raise CorruptError(f"{file.parent / extra}: expected a JSON object, got {type(content).__name__}")
+            settings |= {key: value for key, value in content.items() if value is not None}
     if eot is None:
         eot = _document_end(backend.token_to_id, settings.get("eos_token"))
     if bos is None:

@@ -309,10 +309,17 @@ def read_gpt_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         InputError: it is missing or of another format.
+        CorruptError: a field is missing.
     """
     about = read_json(Path(folder) / "model.json")
     if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != 1:
         raise InputError(f"{Path(folder) / 'model.json'} is not a version 1 {FORMAT} file")
+    fields: dict[str, tuple[type, ...]] = {
+        "config": (dict,), "sha256": (str,), "tokenizer": (dict, type(None)), "extra": (dict, type(None)),
+    }  # fmt: skip
+    for key, kinds in fields.items():
+        if not isinstance(about.get(key), kinds):
+            raise CorruptError(f"{Path(folder) / 'model.json'}: field {key!r} is missing or of a wrong type")
     return about
 
 

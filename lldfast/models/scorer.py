@@ -162,8 +162,15 @@ class Scorer:
         self.bos_id: int | None = first if bos == "auto" else None
 
     def to(self, device: str | torch.device) -> Scorer:
-        """Move the model in place; its head moves along, since Module.to keeps the parameter objects."""
-        self.module.to(device)
+        """Move the model in place; its head moves along, since Module.to keeps the parameter objects.
+
+        Raises:
+            InputError: there is no such device, or the model does not fit it.
+        """
+        try:
+            self.module.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"{self.name}: device {str(device)!r} cannot be used here: {error}") from None
         return self
 
     def with_bos(self, bos: str) -> Scorer:
@@ -249,17 +256,18 @@ def load_scorer(
     spec: Any,
     *,
     tokenizer: Any = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: str = "float32",
     bos: str = "auto",
     context_length: int | None = None,
 ) -> Scorer:
-    """Load a model for scoring, in evaluation mode.
+    """Load a model for scoring, in evaluation mode. A model in memory keeps its mode and its place: it may be in training.
 
     Args:
         spec: folder of `GPT.save`, Hugging Face folder or hub id, a .gguf file, or a loaded Hugging Face model (with tokenizer=).
         tokenizer: a Tokenizer or what `load_tokenizer` takes; default: the model's own.
-        dtype: "float32", "bfloat16" or "float16", the dtype of the weights.
+        device: default: the CPU, or where the loaded model is.
+        dtype: "float32", "bfloat16" or "float16", the dtype of the weights (a loaded model keeps its own).
         context_length: use less context than the model has.
 
     Raises:
@@ -285,8 +293,10 @@ def load_scorer(
         if not 1 <= context_length <= scorer.context_length:
             raise InputError(f"context_length={context_length} must be in [1, {scorer.context_length}] for {scorer.name}")
         scorer.context_length = context_length
+    if isinstance(spec, nn.Module):
+        return scorer if device is None else scorer.to(device)
     scorer.module.eval()
-    return scorer.to(device)
+    return scorer.to(device or "cpu")
 
 
 def _from_module(module: nn.Module, tokenizer: Tokenizer | None, bos: str) -> Scorer:
@@ -295,9 +305,7 @@ def _from_module(module: nn.Module, tokenizer: Tokenizer | None, bos: str) -> Sc
     if isinstance(module, GPT):
         return Scorer.from_gpt(module, tokenizer, bos=bos)
     name = str(getattr(module, "name_or_path", "") or type(module).__name__)
-    return Scorer(
-        module.eval(), tokenizer, name=name, kind="hf", source="memory", context_length=context_length_of(module), bos=bos
-    )
+    return Scorer(module, tokenizer, name=name, kind="hf", source="memory", context_length=context_length_of(module), bos=bos)
 
 
 def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, bos: str) -> Scorer:
