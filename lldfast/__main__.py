@@ -195,7 +195,7 @@ def run_weights(o: argparse.Namespace) -> None:
             error = "" if not result["weights_se"] else f" +- {result['weights_se'][name]:.4f}"
             print(f"  {name:24}  {weight:.4f}{error}")
         print(f"  effective domains {effective_domains(stage['weights']):.2f}")
-    if o.out:
+    if o.out is not None:
         write_json(o.out, result)
         print(f"wrote {o.out}")
 
@@ -206,6 +206,8 @@ def find_trajectory(run: Path, method: str | None) -> Path:
     Raises:
         InputError: there is none, or several and no --method.
     """
+    if not run.exists() or run == Path():
+        raise InputError(f"{run}: no such run folder or weights file")
     if run.is_file():
         return run
     if (run / "weights.json").exists():
@@ -216,6 +218,8 @@ def find_trajectory(run: Path, method: str | None) -> Path:
             raise InputError(f"{run} has no finished method {method!r}")
         return path
     found = [p for p in sorted(run.glob("methods/*/weights.json")) if json.loads(p.read_text(encoding="utf-8"))["trajectory"]]
+    if not found:
+        raise InputError(f"{run} has no finished method with stored Delta_t (0 methods)")
     if len(found) != 1:
         names = ", ".join(p.parent.name for p in found)
         raise InputError(f"{run} has {len(found)} methods with stored Delta_t ({names}): choose one by --method")

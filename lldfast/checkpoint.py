@@ -84,7 +84,7 @@ def load_checkpoint(
     """
     path = Path(path)
     header = read_json(path / "state.json")
-    if header.get("format") != FORMAT["format"] or header.get("version") != FORMAT["version"]:
+    if not isinstance(header, dict) or header.get("format") != FORMAT["format"] or header.get("version") != FORMAT["version"]:
         raise CorruptError(f"{path / 'state.json'} is not a version-1 lldfast checkpoint")
     try:
         weights = load_file(path / "model.safetensors")

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lldfast.divergence import finite, weight_kl
+from lldfast.errors import CorruptError
 from lldfast.files import read_json, write_json
 from lldfast.runlog import read_jsonl
 from lldfast.weights import effective_domains
+from lldfast.weightsfile import read_weights_file
 
 COLUMNS = [
     ("method", "method", "{}"),
@@ -27,15 +29,24 @@ COLUMNS = [
 
 
 def summarise(run: str | Path) -> dict[str, Any]:
-    """Collect the finished methods of a run folder into rows, write summary.json, and return it."""
+    """Collect the finished methods of a run folder into rows, write summary.json, and return it.
+
+    Raises:
+        InputError: `run` is not a run folder.
+        CorruptError: a file in it is damaged; it is named.
+    """
     run = Path(run)
     experiment = read_json(run / "experiment.json")
+    if not isinstance(experiment, dict) or not isinstance(experiment.get("methods"), list) or "ground_truth" not in experiment:
+        raise CorruptError(f"{run / 'experiment.json'} is not what a run writes: methods or ground_truth is missing")
     rows, base_row, unstable = [], None, []
     for name in experiment["methods"]:
         folder = run / "methods" / name
         if not (folder / "result.json").exists():
             continue
-        result, weights = read_json(folder / "result.json"), read_json(folder / "weights.json")
+        result, weights = read_json(folder / "result.json"), read_weights_file(folder / "weights.json")
+        if not isinstance(result, dict) or "seconds" not in result:
+            raise CorruptError(f"{folder / 'result.json'} is not what a run writes: seconds is missing")
         log = read_jsonl(folder / "log.jsonl")
         truth = experiment["ground_truth"]
         row = {

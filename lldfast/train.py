@@ -115,8 +115,9 @@ def make_source(exp: Experiment, method: Method) -> Source:
         )
     path = Path(config.lld.pass1) if config.lld.pass1 else exp.out / "methods" / method.rule / "weights.json"
     file = read_weights_file(path)
+    one = load_weights(path, exp.domains)  # checks the names for both kinds
     if method.stages == 1:
-        return Source([(0, load_weights(path, exp.domains))], origin=file)
+        return Source([(0, one)], origin=file)
     steps, weights = [e["step"] for e in file["trajectory"]], [e["weights"] for e in file["trajectory"]]
     if not steps:
         raise InputError(f"{path} holds no trajectory of weights: a two-stage recipe cannot be made from it")
@@ -211,11 +212,10 @@ def train_method(exp: Experiment, name: str) -> None:
         for i in range(micro_batches):
             part = slice(i * t.micro_batch_size, (i + 1) * t.micro_batch_size)
             x, y = exp.to_device(batch.x[part]), exp.to_device(batch.y[part])
-            with exp.autocast():
-                hidden = forward(x)
-            mean, logprob = linear_cross_entropy(
-                hidden, model.head_weight, y, valid_vocab=model.config.valid_vocab, return_logprob=True
-            )  # the mean's gradient; log-probabilities [B, T] only to report domains apart
+            with exp.autocast():  # the mean gives the gradient, log-probabilities [B, T] only report domains apart
+                mean, logprob = linear_cross_entropy(
+                    forward(x), model.head_weight, y, valid_vocab=model.config.valid_vocab, return_logprob=True
+                )
             (mean / micro_batches).backward()
             losses.append(-logprob.mean(dim=1))
         sequence_loss = torch.cat(losses).double().cpu().numpy()  # [batch_size]

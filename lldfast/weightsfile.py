@@ -68,7 +68,7 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
 
     Raises:
         InputError: no such file, or it holds no weights.
-        CorruptError: not JSON, or another version.
+        CorruptError: not JSON, another version, or a trajectory that is not one.
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -81,7 +81,38 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
         raise CorruptError(f"{path}: expected {FORMAT} version 1, found {value['format']!r} version {value.get('version')!r}")
     if not isinstance(value.get("weights"), dict) or not value["weights"]:
         raise InputError(f"{path} holds no weights")
-    return {"domains": list(value["weights"]), "trajectory": [], **value}
+    value = {"domains": list(value["weights"]), "trajectory": [], **value}
+    problem = _wrong_trajectory(value)
+    if problem:
+        raise CorruptError(f"{path}: {problem}")
+    return value
+
+
+def _wrong_trajectory(file: dict[str, Any]) -> str:
+    """What is wrong with a file's domains and trajectory, or "" (such files are also edited by hand)."""
+    names, entries, before = file["domains"], file["trajectory"], -1
+    if not isinstance(names, list) or sorted(map(str, names)) != sorted(file["weights"]):
+        return "its domains are not those of its weights"
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return "its trajectory is not a list of estimates"
+    for entry in entries:
+        step, gram = entry.get("step"), entry.get("gram")
+        if not isinstance(step, int) or step <= before:
+            return f"the step {step!r} of its trajectory is not an integer after {before}"
+        for key in ("delta", "weights"):
+            values = entry.get(key)
+            if not isinstance(values, dict) or sorted(values) != sorted(names):
+                return f"{key} of step {step} does not have its domains"
+            bad = next((n for n, v in values.items() if not isinstance(v, (int, float)) or not math.isfinite(v)), None)
+            if bad is not None:
+                return f"{key} of step {step} is {values[bad]!r} for domain {bad!r}"
+        if gram is not None and np.shape(gram) != (len(names), len(names)):
+            return f"gram of step {step} does not have a row and a column for each domain"
+        before = step
+    total = file.get("total_steps")
+    if entries and (not isinstance(total, int) or total <= before):
+        return f"total_steps is {total!r}, with an estimate at step {before}"
+    return ""
 
 
 def load_weights(path: str | Path, domains: Sequence[str] | None = None) -> dict[str, float]:
@@ -238,13 +269,20 @@ def rule_fields(rule: Rule, domains: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def rule_of(file: dict[str, Any]) -> Rule:
-    """The rule a weights file was made with."""
+    """The rule a weights file was made with.
+
+    Raises:
+        InputError: none made them, or its options make no sense.
+        CorruptError: its prior is of other domains.
+    """
     if not file.get("rule"):
         raise InputError("these weights were not made by a rule")
-    prior = file.get("prior")
+    prior, tau = file.get("prior"), file.get("tau", 1.0)
+    if prior is not None and (not isinstance(prior, dict) or set(prior) != set(file["domains"])):
+        raise CorruptError("the prior of these weights does not have their domains")
     return Rule(
         name=file["rule"],
-        tau=float(file.get("tau", 1.0)),
+        tau=math.inf if tau == "inf" else tau,
         tau_end=file.get("tau_end"),
         step_size=file.get("step_size", 4.0),
         floor=file.get("floor", 0.0),

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lldfast.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from lldfast.errors import CorruptError, InputError
+from lldfast.errors import CorruptError, InputError, TrainingError
 
 
 def made(width=8, seed=0):
@@ -60,3 +60,13 @@ def test_damage_and_strangers_are_named(tmp_path):
     (path / "state.json").write_text("{}")
     with pytest.raises(CorruptError, match=r"state\.json"):
         load_checkpoint(path, model=model, optimizer=optimizer)
+
+
+def test_weights_that_are_not_finite_are_not_checkpointed(tmp_path):
+    model, optimizer = made()
+    save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer, state={})
+    with torch.no_grad():
+        model[0].bias[0] = float("inf")
+    with pytest.raises(TrainingError, match=r"step-0000002 was not written: parameter '0\.bias' is not finite"):
+        save_checkpoint(tmp_path, step=2, model=model, optimizer=optimizer, state={})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001"]

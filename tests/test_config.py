@@ -56,6 +56,29 @@ def test_demo_is_the_default_and_methods_take_commas():
         (["--lld.bootstrap=1"], "bootstrap"),
         (["--target.mixture={a: 1}"], "not both"),
         (["--method"], "needs a value"),
+        (["--method=", "--train.steps=1"], "--method needs a value"),
+        (["--method", "--train.steps=1"], "--method needs a value"),
+        (["--data.path="], r"--data\.path needs a value"),
+        (["--data.path", ""], r"--data\.path needs a value"),
+        (["--lld.tau=0"], "tau must be > 0"),
+        (["--lld.tau=.nan"], "tau must be > 0"),
+        (["--lld.tau_end=-1"], "tau must be > 0"),
+        (["--lld.floor=2"], "floor"),
+        (["--lld.ridge=-1"], "ridge"),
+        (["--lld.step_size=.inf"], "step_size"),
+        (["--lld.every=0"], "every"),
+        (["--lld.split=1"], "lld.split"),
+        (["--method", "two-stage", "--train.steps=1"], "'two-stage'.*no second stage"),
+        (["--train.learning_rate=.inf"], "learning_rate"),
+        (["--train.min_lr=.nan"], "min_lr"),
+        (["--train.beta1=1"], "train.beta1"),
+        (["--train.eps=-1"], "train.eps"),
+        (["--train.grad_clip=-1"], "train.grad_clip"),
+        (["--train.weight_decay=.nan"], "train.weight_decay"),
+        (["--train.threads=-1"], "train.threads"),
+        (["--seed=-1"], "seed"),
+        (["--measure.times=0"], "measure.times"),
+        (["--target.steps=0"], "target.steps"),
         (["--model.init=folder", "--model.n_layer=3"], "model.n_layer cannot be changed"),
     ],
 )
@@ -64,10 +87,28 @@ def test_bad_values_name_the_parameter(args, message):
         parse_config(args)
 
 
-def test_a_misspelt_option_is_refused(capsys):
-    with pytest.raises(SystemExit):
+def test_a_misspelt_option_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--train\.stpes"):
         parse_config(["--train.stpes=3"])
-    assert "train.stpes" in capsys.readouterr().err
+    for text, message in [
+        ("train: {stpes: 4}", "'stpes'"),
+        ("trian: {steps: 4}", "trian"),
+        ("train: 5", "train is a section of the configuration, got 5"),
+        ("train: {steps: four}", r"train\.steps.*four"),
+        ("- a", "Unexpected config"),
+        ("a: [", "Problems parsing config"),
+    ]:
+        (tmp_path / "c.yaml").write_text(text + "\n")
+        with pytest.raises(InputError, match=message) as caught:
+            parse_config(["--config", str(tmp_path / "c.yaml")])
+        assert "\n" not in str(caught.value)
+
+
+def test_values_as_people_write_them(tmp_path):
+    assert parse_config(["--lld.tau=inf"]).lld.tau == parse_config(["--lld.tau", "inf"]).lld.tau == float("inf")
+    name = str(tmp_path / "my data, all.jsonl")
+    assert parse_config(["--data.source", name]).data.source == parse_config([f"--data.source={name}"]).data.source == [name]
+    assert parse_config(["--data.source=[a.jsonl, b.jsonl]"]).data.source == ["a.jsonl", "b.jsonl"]
 
 
 def test_rules_need_a_target():

@@ -89,3 +89,18 @@ def test_bad_calls():
         controller(rule=Rule(prior=(0.5, 0.5)))
     with pytest.raises(InputError, match="other texts"):
         LLDController(EVALSET, TARGET.select("measure"), steps=10)
+
+
+def test_calls_that_make_no_sense():
+    for wrong in (1, -1):
+        with pytest.raises(InputError, match=f"bootstrap must be 0 or at least 2, got {wrong}"):
+            controller(bootstrap=wrong)
+    with pytest.raises(InputError, match="there is no estimate to aggregate"):
+        controller().aggregate()
+
+
+def test_adjusted_with_one_text_per_domain():
+    one = EvalSet.from_texts(["one text", "another text", "a third one"], ["a", "b", "c"])
+    target = score(Scorer.from_gpt(GPT("test-tiny", seed=1), TOKENIZER), one)
+    weights = LLDController(one, target, steps=4, rule="adjusted").step(0, BASE)
+    assert sum(weights.values()) == pytest.approx(1) and all(np.isfinite(v) for v in weights.values())

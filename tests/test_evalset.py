@@ -119,3 +119,16 @@ def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match=r"eval\.parquet"):
         small().save(tmp_path / "file" / "eval.parquet")
+
+
+def test_surrogates_and_numbers_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="the domain name of text 1 is not valid Unicode"):
+        EvalSet.from_texts(["a", "b"], ["x", "x\ud800"])
+    with pytest.raises(InputError, match="document numbers must be integers"):
+        EvalSet(["a"], ["x"], ["measure"], ["one"])
+    small().save(tmp_path / "e.parquet")
+    table = pq.read_table(tmp_path / "e.parquet")
+    column = table.column_names.index("document")
+    pq.write_table(table.set_column(column, "document", pa.array(["one"] * 5)), tmp_path / "e.parquet")
+    with pytest.raises(CorruptError, match=r"e\.parquet: document numbers must be integers"):
+        EvalSet.load(tmp_path / "e.parquet")

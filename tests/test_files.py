@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lldfast.errors import BusyError, CorruptError, InputError, WriteError
-from lldfast.files import atomic_folder, atomic_path, folder_lock, read_json, write_json
+from lldfast.files import atomic_folder, atomic_path, check_writable, folder_lock, read_json, write_json
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path):
@@ -79,3 +79,29 @@ def test_second_writer_is_refused_and_a_dead_one_forgotten(tmp_path):
     process.join()
     with folder_lock(tmp_path):
         assert json.dumps(str(os.getpid())).strip('"') in (tmp_path / ".lock").read_text()
+
+
+def test_bad_json_and_bad_places_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"x\.json: the content cannot be written as JSON"):
+        write_json(tmp_path / "x.json", {"a": object()})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read_json(tmp_path)
+    (tmp_path / "x.json").write_text('{"a": 1, "b": {"c": 2, "c": 3}}')
+    with pytest.raises(CorruptError, match=r"x\.json repeats the key 'c'"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(InputError, match="not the name of a file"), atomic_path(""):
+        pass
+    with pytest.raises(InputError, match=r"x\.json is a file, where a folder is needed"), folder_lock(tmp_path / "x.json"):
+        pass
+
+
+def test_check_writable_finds_out_before_the_work(tmp_path):
+    check_writable(tmp_path / "deep" / "v.parquet")
+    assert list((tmp_path / "deep").iterdir()) == []
+    for place in ("", tmp_path):
+        with pytest.raises(InputError, match="not the name of a file"):
+            check_writable(place)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=r"cannot write .*file/v\.parquet"):
+        check_writable(tmp_path / "file" / "v.parquet")

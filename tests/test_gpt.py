@@ -1,6 +1,7 @@
 """models/gpt.py: equality with Hugging Face's GPT-2, seeds, saving, and the padded vocabulary."""
 
 import dataclasses
+import hashlib
 import math
 
 import pytest
@@ -221,3 +222,22 @@ def test_compiles_without_a_graph_break():
     x, y = ids(2, 16), ids(2, 16, seed=2)
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, y), model.loss(x, y))
+
+
+@pytest.mark.parametrize("field", ["config", "sha256", "tokenizer", "extra"])
+def test_a_model_json_of_wrong_types(tmp_path, field):
+    GPT("test-tiny", seed=0).save(tmp_path)
+    about = read_json(tmp_path / "model.json")
+    write_json(tmp_path / "model.json", {**about, field: 5})
+    with pytest.raises(CorruptError, match=rf"model\.json: field '{field}' is missing or of a wrong type"):
+        GPT.load(tmp_path)
+
+
+def test_corrupted_weights_with_a_fitting_hash(tmp_path):
+    GPT("test-tiny", seed=0).save(tmp_path)
+    for content in (b"", b"\xff" * 500):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        about = {**read_json(tmp_path / "model.json"), "sha256": hashlib.sha256(content).hexdigest()}
+        write_json(tmp_path / "model.json", about)
+        with pytest.raises(CorruptError, match=r"weights and model\.json do not fit"):
+            GPT.load(tmp_path)

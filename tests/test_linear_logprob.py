@@ -341,3 +341,21 @@ def test_bad_arguments(change, message):
     given_ = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "labels": torch.zeros(3, dtype=torch.long), **change}
     with pytest.raises(InputError, match=message):
         linear_cross_entropy(**given_)
+
+
+@pytest.mark.parametrize("ignored", [0, 5])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_on_a_cpu_changes_no_bit(ignored, reduction):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (64, 50))
+    labels = torch.randint(50, (64,), generator=generator)
+    labels[:ignored] = -100
+
+    def gradients():
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight])]
+
+    plain = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = gradients()  # the backward too, as where a trainer calls it inside
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))

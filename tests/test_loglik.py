@@ -403,3 +403,35 @@ def pile_texts(sample, per_domain):
                 kept.append(row["text"].encode()[:512].decode("utf-8", "ignore"))
                 domains.append(name)
     return EvalSet.from_texts(kept, domains)
+
+
+def test_vectors_that_were_altered(texts, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    gpt = Scorer.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
+    vector = score(gpt, texts)
+    vector.save(tmp_path / "v.parquet")
+    table, n = pq.read_table(tmp_path / "v.parquet"), len(texts)
+    for name, column, message in [
+        ("logprob", pa.array(["x"] * n), "a column or the metadata is not what"),
+        ("domain", pa.array([None] * n, pa.string()), "column domain has empty entries"),
+        ("n_tokens", pa.array([None] * n, pa.int64()), "column n_tokens has empty entries"),
+    ]:
+        pq.write_table(table.set_column(table.column_names.index(name), name, column), tmp_path / "w.parquet")
+        with pytest.raises(CorruptError, match=rf"w\.parquet: {message}"):
+            LoglikVector.load(tmp_path / "w.parquet")
+    for meta in ({"format": "lldfast-loglik"}, {"format": "lldfast-loglik", "lldfast": "{"}):
+        pq.write_table(table.replace_schema_metadata(meta), tmp_path / "w.parquet")
+        with pytest.raises(CorruptError, match="metadata"):
+            LoglikVector.load(tmp_path / "w.parquet")
+    with pytest.raises(InputError, match="unknown part 'train'"):
+        vector.select("train")
+    with pytest.raises(InputError, match="bootstrap must be 0 or more"):
+        delta(vector, vector, bootstrap=-1)
+
+
+def test_texts_of_one_character():
+    scorer = Scorer.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
+    vector = score(scorer, EvalSet.from_texts(["x", "é"], ["a", "b"]))
+    assert vector.n_tokens.tolist() == [1, 2] and (vector.logprob < 0).all()

@@ -337,3 +337,24 @@ def test_permutation_of_a_huge_domain():
     out = permute(np.arange(10_000), np.full(10_000, size), np.full(10_000, 9, dtype=np.uint64))
     assert len(set(out.tolist())) == 10_000 and out.min() >= 0 and out.max() < size
     assert abs(out.mean() / size - 0.5) < 0.02
+
+
+def test_states_and_weights_that_are_none(shards):
+    def mixture(weights=None, **options):
+        even = {domain: 1 / len(shards.domains) for domain in shards.domains}
+        return DomainMixture(shards, even if weights is None else weights, **{"block_size": 8, "batch_size": 4, **options})
+
+    for weights in ("abc", ["x"] * len(shards.domains), {domain: "x" for domain in shards.domains}):
+        with pytest.raises(InputError, match="weights must be numbers"):
+            mixture(weights)
+    with pytest.raises(InputError, match="there are 4 domains"):
+        mixture([0.5, 0.5])
+    for wrong in (8.5, "8"):
+        with pytest.raises(InputError, match=f"block_size must be an integer of at least 1, not {wrong!r}"):
+            mixture(block_size=wrong)
+    state = mixture().state_dict()
+    with pytest.raises(InputError, match="the state has no 'corpus_hash'"):
+        mixture().load_state_dict({})
+    name = shards.domains[0]
+    with pytest.raises(InputError, match=r"the cursor of domain .* is -5"):
+        mixture().load_state_dict({**state, "cursors": {**state["cursors"], name: -5}})

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -424,3 +425,57 @@ def test_pile_sample(tmp_path):
     assert len(evalset) == 1000 and len(evalset.domains) == 12
     assert {name for name, entry in record["domains"].items() if entry["held_out_by"] == "ranges"} == {"Ubuntu IRC"}
     assert sum(entry["documents_read"] for entry in record["domains"].values()) == 6369
+
+
+def test_a_name_too_long_for_a_file_is_told_before_encoding(tmp_path, monkeypatch):
+    monkeypatch.setattr("lldfast.data.prepare.encode", None)
+    inputs = write(tmp_path / "c.jsonl", [(t, d * 60 if d == "code" else d) for t, d in rows(20)])
+    with pytest.raises(InputError, match=r"domain 'codecode.*\.\.\.': the name is too long for a file \(240|too long"):
+        prepare(inputs, tmp_path / "d", tokenizer="bytes", eval_per_domain=2, progress=False, domains=["code" * 61])
+        prepare(inputs, tmp_path / "d", tokenizer="bytes", eval_per_domain=2, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_hostile_names_stay_inside_the_folder(tmp_path):
+    renamed = {"code": "../x", "logs": "..", "prose": " Ελληνικά/a "}
+    inputs = write(tmp_path / "c.jsonl", [(t, renamed[d]) for t, d in rows(20)])
+    folder = prepare(inputs, tmp_path / "d", tokenizer="bytes", eval_per_domain=2, progress=False)
+    verify(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "d"]
+    assert set(TokenShards(folder).domains) == set(renamed.values())
+
+
+def test_paths_single_names_and_nothing(corpus, tmp_path, monkeypatch):
+    options = {"tokenizer": "bytes", "eval_per_domain": 2, "progress": False}
+    folder = prepare(Path(corpus[0]), tmp_path / "d", domains="prose", **options)
+    assert TokenShards(folder).domains == ["prose"]
+    verify(folder / "shards")  # the shards inside mean their folder
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="out is empty"):
+        prepare(corpus, "", **options)
+    with pytest.raises(InputError, match="an input is empty"):
+        prepare("", tmp_path / "e", **options)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: [record],
+        lambda record: {**record, "version": 2},
+        lambda record: {key: value for key, value in record.items() if key != "held_out"},
+        lambda record: {**record, "domains": {}},
+        lambda record: {**record, "domains": None},
+    ],
+)
+def test_verify_names_a_damaged_record(made, tmp_path, damage):
+    shutil.copytree(made, tmp_path / "d")
+    record = json.loads((tmp_path / "d" / "prepare.json").read_text())
+    (tmp_path / "d" / "prepare.json").write_text(json.dumps(damage(record)))
+    with pytest.raises(CorruptError, match=r"prepare\.json"):
+        verify(tmp_path / "d")
+
+
+def test_all_copies_of_one_document_are_too_little(tmp_path):
+    inputs = write(tmp_path / "c.jsonl", [(text("code", 1, 300), "code")] * 20)
+    with pytest.raises(InputError, match="domain 'code' is too small for evaluation texts"):
+        prepare(inputs, tmp_path / "d", tokenizer="bytes", progress=False)

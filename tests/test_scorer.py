@@ -288,7 +288,7 @@ def test_gguf_is_converted_once(tmp_path, monkeypatch):
     assert (identity["name"], identity["kind"], identity["licence"]) == ("Tiny", "gguf", "mit")
     assert scorer.separate_head and identity["dtype"] == "float32"
     assert len(scorer.tokenizer.encode("ab")) == 1 and scorer.tokenizer.decode(scorer.tokenizer.encode("abc")) == "abc"
-    monkeypatch.setattr(module, "_convert_gguf", lambda *a: pytest.fail("converted a second time"))
+    monkeypatch.setattr("lldfast.models.gguf._convert", lambda *a: pytest.fail("converted a second time"))
     assert load_scorer(file).identity == identity
 
 
@@ -330,3 +330,9 @@ def write_tiny_gguf(file: Path) -> Path:
     writer.close()
     return file
 
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x"])
+def test_no_such_device(device):
+    scorer = Scorer.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
+    with pytest.raises(InputError, match=f"device '{device}' cannot be used here"):
+        scorer.to(device)

@@ -289,3 +289,17 @@ def test_checksum_with_and_without_the_extension(tmp_path, monkeypatch, size):
 def test_checksum_of_nothing(tmp_path):
     with pytest.raises(InputError, match="gone: no such file"):
         xxh3_file(tmp_path / "gone")
+
+
+def test_name_too_long_for_a_file(tmp_path):
+    with pytest.raises(InputError, match=r"domain 'é{60}\.\.\.': the name is too long for a file \(600 characters\)"):
+        ShardWriter(tmp_path, "é" * 100, "uint16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_infinite_vocabulary(tmp_path, shards):
+    shutil.copytree(shards.path, tmp_path / "s")
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": float("inf")}))
+    with pytest.raises(CorruptError, match=r"manifest\.json: a field is missing or wrong"):
+        TokenShards(tmp_path / "s")

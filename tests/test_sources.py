@@ -249,3 +249,35 @@ def test_long_lines_cost_linear_time(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "BLOCK", 64)  # ten thousand blocks in one line
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": "y" * 640_000, "domain": "d"}] * 2))
     assert [len(text) for text, _ in read([str(tmp_path / "a.jsonl")])] == [640_000, 640_000]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a\0"])
+def test_control_characters_in_a_domain_name(tmp_path, name):
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": "t", "domain": name}]))
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: the domain name .* has a control character") as caught:
+        read([str(tmp_path / "a.jsonl")])
+    assert str(caught.value).isprintable()
+
+
+def test_hostile_but_legal_domain_names(tmp_path):
+    names = ["../x", ".", "a/b", " a ", "Ελληνικά", "a\u00a0b", "100%"]
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": "t", "domain": name} for name in names]))
+    assert [domain for _, domain in read([str(tmp_path / "a.jsonl")])] == names
+
+
+def test_empty_inputs_and_prepared_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    for empty in ("", " "):
+        with pytest.raises(InputError, match="an input is empty"):  # not the current folder
+            Source([empty])
+    (tmp_path / "data" / "shards").mkdir(parents=True)
+    (tmp_path / "data" / "prepare.json").write_text("{}")
+    with pytest.raises(InputError, match="data is a folder that prepare made"):
+        Source(["data"])
+    for name in ("empty.jsonl", "empty.jsonl.gz", "empty.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"")
+        assert read([name]) == []
+    (tmp_path / "empty.parquet").write_bytes(b"")
+    with pytest.raises(CorruptError, match=r"empty\.parquet cannot be read as Parquet"):
+        read(["empty.parquet"])

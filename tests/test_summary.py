@@ -1,6 +1,9 @@
 """The table, and the sentences that say when not to trust it."""
 
-from lldfast.summary import disagreements, instability, table
+import pytest
+
+from lldfast.errors import CorruptError
+from lldfast.summary import disagreements, instability, summarise, table
 
 
 def row(method, kl, true_kl, se=0.1):
@@ -48,3 +51,16 @@ def test_table_leaves_out_what_nobody_measured():
     rows = [{**row("uniform", 5.0, None), "weight_kl": None, "effective_domains": 12.0, "wall_s": 3.0}]
     text = table({"rows": rows, "base_row": None, "warnings": ["careful"]})
     assert "true KL" not in text.splitlines()[0] and "5.00" in text and text.endswith("warning: careful")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"methods": ["uniform"]}'])
+def test_a_damaged_run_folder_is_named(tmp_path, content):
+    (tmp_path / "experiment.json").write_text(content)
+    with pytest.raises(CorruptError, match=r"experiment\.json is not what a run writes"):
+        summarise(tmp_path)
+    (tmp_path / "experiment.json").write_text('{"methods": ["uniform"], "ground_truth": null}')
+    (tmp_path / "methods" / "uniform").mkdir(parents=True)
+    (tmp_path / "methods" / "uniform" / "result.json").write_text("{}")
+    (tmp_path / "methods" / "uniform" / "weights.json").write_text('{"a": 1}')
+    with pytest.raises(CorruptError, match=r"result\.json is not what a run writes"):
+        summarise(tmp_path)

@@ -262,3 +262,16 @@ def test_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(module.importlib, "import_module", absent)
     with pytest.raises(MissingDependencyError, match="pip install tokenizers"):
         train_bpe(["text"], 300)
+
+
+def test_entries_and_settings_that_are_none(tmp_path):
+    entry = load_tokenizer("bytes").describe()
+    for key in ("name", "hash", "eot", "bos"):
+        with pytest.raises(CorruptError, match=f"the tokenizer's entry has no field '{key}'"):
+            tokenizer_from_manifest({k: v for k, v in entry.items() if k != key}, tmp_path)
+    with pytest.raises(CorruptError, match=r"'\.\./secret\.json' is not the name of a file in this folder"):
+        tokenizer_from_manifest({**entry, "file": "../secret.json"}, tmp_path)
+    train_bpe(["some text"] * 3, 260).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(CorruptError, match=r"tokenizer_config\.json: expected a JSON object, got list"):
+        load_tokenizer(tmp_path)

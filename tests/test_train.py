@@ -360,3 +360,36 @@ def test_draw_modes_and_accumulation_run(corpus, tmp_path):
         run(dataclasses.replace(c, train=dataclasses.replace(c.train, draw=draw, steps=4)))
         log = read_jsonl(tmp_path / draw / "methods" / "uniform" / "log.jsonl")
         assert all(len(r["loss_by_domain"]) <= (1 if draw == "step" else 2) for r in log)
+
+
+def test_wrong_weights_are_told_before_anything_is_trained(corpus, target, finished, tmp_path):
+    """Of a list of methods the last must not fail after hours of the first."""
+    base = config(tmp_path / "run", corpus, target=TargetConfig(model=str(target)))
+    few = save_weights(tmp_path / "w.json", {"code": 1.0}, rule=None, trajectory=[])
+    others = tmp_path / "others.json"
+    text = (finished / "methods" / "iterative" / "weights.json").read_text()
+    others.write_text(text.replace('"prose"', '"poems"'))
+    for methods, lld, message in [
+        (["uniform", "fixed"], {"weights": str(few)}, r"w\.json: domain 'prose' is missing"),
+        (["uniform", "fixed"], {"weights": str(tmp_path / "none.json")}, r"none\.json: no such file"),
+        (["uniform", "iterative"], {"floor": 0.5}, r"floor must lie in \[0, 1/K\]"),
+        (["uniform", "iterative"], {"prior": str(few)}, r"w\.json: domain 'prose' is missing"),
+        (["uniform", "aggregated"], {"pass1": str(others)}, r"others\.json: unknown domain 'poems'"),
+        (["uniform", "two-stage"], {"pass1": str(others)}, r"others\.json: unknown domain 'poems'"),
+    ]:
+        c = dataclasses.replace(base, methods=methods, lld=dataclasses.replace(base.lld, **lld))
+        with pytest.raises(InputError, match=message):
+            run(c)
+        assert not (tmp_path / "run" / "methods").exists()
+
+
+def test_one_domain_and_one_step(tmp_path, target):
+    """The smallest run there is: K = 1, through both passes and every rule."""
+    source = tmp_path / "docs.jsonl"
+    source.write_text("".join(json.dumps({"text": text, "domain": "code"}) + "\n" for text in documents("code")))
+    data = prepare([str(source)], tmp_path / "data", tokenizer="bytes", eval_per_domain=2, workers=1, progress=False)
+    methods = ["aggregated", "mirror-fixed", "spread", "adjusted", "adjusted-spread"]
+    c = config(tmp_path / "run", data, methods=methods, target=TargetConfig(model=str(target)))
+    run(dataclasses.replace(c, train=dataclasses.replace(c.train, steps=1)))
+    rows = read_json(tmp_path / "run" / "summary.json")["rows"]
+    assert len(rows) == 7 and all(row["effective_domains"] == pytest.approx(1) for row in rows)

@@ -292,3 +292,25 @@ def test_bootstrap_covers_the_truth():
     assert (standard_errors(draws, lambda d: lld_weights(d)) > 0).all()
     with pytest.raises(InputError, match="'c' has no"):
         bootstrap_deltas(difference, counts, domain, ["a", "c"])
+
+
+def test_what_is_no_weights_is_named():
+    for call, message in [
+        (lambda: lld_weights({}), "there are no domains"),
+        (lambda: lld_weights("abc"), "expected numbers, got 'abc'"),
+        (lambda: lld_weights({"a": "x"}), r"delta: expected numbers, got \['x'\]"),
+        (lambda: lld_weights([1.0, 2.0], tau="1"), "tau must be > 0"),
+        (lambda: adjusted_lld_weights({"a": 1}, {"a": 1.0}), "gram: expected numbers"),
+        (lambda: adjusted_lld_weights(np.zeros((0, 0)), []), "there are no domains"),
+        (lambda: simplex([1e308, 1e308], ["a", "b"]), "the sum of the weights is not finite"),
+        (lambda: effective_domains([-1, 2]), "domain '0' is -1"),
+        (lambda: effective_domains([0, 0]), "all weights are zero"),
+        (lambda: Rule(prior={"a": 1.0}), "tuple of weights in the order of the domains"),
+        (lambda: Rule(floor=-0.1), "floor"),
+        (lambda: Rule(normalise="std"), "normalise must be one of"),
+        (lambda: Rule(ridge=-1.0), "ridge"),
+        (lambda: Rule(step_size=math.inf), "step_size"),
+        (lambda: two_stage_weights([0], 1, np.ones((1, 2))), "a run of 1 steps split at 0.5 has no second stage"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            call()

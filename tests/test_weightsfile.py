@@ -133,3 +133,42 @@ def test_disclosure_names_the_target():
     assert "'Gemma-2B'" in disclosure("iterative", {"name": "Gemma-2B", "licence": "gemma"})
     assert "not stated" in disclosure("iterative", {"name": "x", "licence": None})
     assert "not estimated from a target" in disclosure(None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.update(domains=["x", "y", "z"]), "its domains are not those of its weights"),
+        (lambda f: f.update(trajectory=[1]), "its trajectory is not a list of estimates"),
+        (lambda f: f["trajectory"][1].update(step="x"), "the step 'x'"),
+        (lambda f: f["trajectory"].append(f["trajectory"][0]), "the step 0 of its trajectory is not an integer after 20"),
+        (lambda f: f["trajectory"][1].pop("delta"), "delta of step 1 does not have its domains"),
+        (lambda f: f["trajectory"][1]["weights"].pop("Github"), "weights of step 1 does not have its domains"),
+        (lambda f: f["trajectory"][1]["delta"].update(Github=float("nan")), "delta of step 1 is nan for domain 'Github'"),
+        (lambda f: f["trajectory"][1].update(gram=[[1.0]]), "gram of step 1"),
+        (lambda f: f.pop("total_steps"), "total_steps is None"),
+        (lambda f: f.update(total_steps=0), "total_steps is 0"),
+    ],
+)
+def test_damaged_trajectories_are_named(run, change, message):
+    file = json.loads(run.read_text())
+    change(file)
+    run.write_text(json.dumps(file))
+    with pytest.raises(CorruptError, match=rf"weights\.json: .*{message}"):
+        recompute(run)
+
+
+def test_rules_of_altered_files(run):
+    file = json.loads(run.read_text())
+    for change, message in [({"tau": "x"}, "tau must be"), ({"prior": [1.0]}, "prior"), ({"rule": "x"}, "unknown rule 'x'")]:
+        run.write_text(json.dumps({**file, **change}))
+        with pytest.raises((InputError, CorruptError), match=message):
+            recompute(run)
+
+
+def test_weights_are_saved_by_name_only(tmp_path):
+    with pytest.raises(InputError, match=r"w\.json: weights must be .* got list"):
+        save_weights(tmp_path / "w.json", [0.5, 0.5])
+    with pytest.raises(InputError, match="cannot be written as JSON"):
+        save_weights(tmp_path / "w.json", {"a": 1.0}, tau=float("nan"))
+    assert list(tmp_path.iterdir()) == []

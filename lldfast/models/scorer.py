@@ -17,7 +17,6 @@ the one before (the first with BOS), so that every token is scored exactly once.
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -34,8 +33,9 @@ from torch import Tensor
 
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_manifest
-from lldfast.errors import InputError, MissingDependencyError
-from lldfast.files import atomic_folder, write_json
+from lldfast.errors import InputError
+from lldfast.models import gguf
+from lldfast.models.gguf import file_hash, require
 from lldfast.models.gpt import DTYPES, GPT, read_gpt_json
 from lldfast.ops.logprob import transform_
 
@@ -320,7 +320,7 @@ def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, bos: str) -> Scor
 
 
 def _from_hf(spec: Any, tokenizer: Tokenizer | None, dtype: str, bos: str, **facts: Any) -> Scorer:
-    transformers = _require("transformers")
+    transformers = require("transformers")
     path = Path(spec)
     if not path.is_dir() and (path.suffix or path.is_absolute() or str(spec).startswith(".") or str(spec).count("/") > 1):
         raise InputError(f"{spec}: no such model folder")
@@ -346,50 +346,12 @@ def _from_gguf(file: Path, tokenizer: Tokenizer | None, dtype: str, bos: str) ->
     """Convert the file to fp32 safetensors in the cache (once per content) and load that."""
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    for package in ("gguf", "accelerate", "transformers"):
-        _require(package, "GGUF files")
-    digest = file_hash(file)
-    folder = cache_folder() / "gguf" / f"{file.stem}-{digest[:16]}"
-    if not (folder / "lldfast.json").is_file():
-        _convert_gguf(file, folder, digest)
-    general = _gguf_general(file)
+    folder, digest = gguf.converted(file)
+    general = gguf.general(file)
     return _from_hf(
         folder, tokenizer, dtype, bos, name=str(general.get("name") or file.stem), kind="gguf", source=str(file),
         weights_hash=digest, licence=general.get("license"), extra={"file": file.name},
     )  # fmt: skip
-
-
-def _convert_gguf(file: Path, folder: Path, digest: str) -> None:
-    import transformers
-    from transformers.utils.quantization_config import GgufConfig
-
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise InputError(f"transformers cannot convert {file}: {error}") from error
-    # The weights are plain fp32 now; a leftover quantisation entry would make the next load look for the GGUF blocks.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / "lldfast.json", {"source": file.name, "xxh3": digest, "transformers": transformers.__version__})
-
-
-def _gguf_general(file: Path) -> dict[str, str]:
-    """The general.* strings of a GGUF header (name, license, ...)."""
-    import gguf
-
-    fields = gguf.GGUFReader(str(file)).fields
-    found = {}
-    for key, field in fields.items():
-        if key.startswith("general.") and field.types[:1] == [gguf.GGUFValueType.STRING]:
-            found[key.removeprefix("general.")] = bytes(field.parts[field.data[0]]).decode("utf-8", "replace")
-    return found
 
 
 def _take_apart(model: Any) -> tuple[Any, Head | None, int, str]:
@@ -471,35 +433,9 @@ def parameter_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def file_hash(*files: Path) -> str:
-    """XXH3-128 (hex) over names and contents."""
-    digest = xxhash.xxh3_128()
-    for file in files:
-        digest.update(file.name.encode())
-        with open(file, "rb") as handle:
-            while block := handle.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def folder_hash(folder: Path) -> str:
     """XXH3-128 over the weight files and config.json of a Hugging Face folder."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not weights:
         warnings.warn(f"{folder} has no weight files to hash; its identity covers config.json only", stacklevel=2)
     return file_hash(folder / "config.json", *weights)
-
-
-def cache_folder() -> Path:
-    """LLDFAST_CACHE, or lldfast below XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LLDFAST_CACHE") or Path(base) / "lldfast")
-
-
-def _require(package: str, purpose: str = "Hugging Face models") -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingDependencyError(f"{purpose} need the package {package}: pip install {package} ({error})") from error

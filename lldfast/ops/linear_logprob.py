@@ -75,7 +75,8 @@ class Head:
         if grads.hidden.numel() and isinstance(rows, slice):
             torch.mm(dz, self.weight.to(self.dtype), out=grads.hidden[rows])
         elif grads.hidden.numel():
-            grads.hidden[rows] = dz @ self.weight.to(self.dtype)
+            # out= as above: a plain product would be cast to 16 bits under autocast
+            grads.hidden[rows] = torch.mm(dz, self.weight.to(self.dtype), out=dz.new_empty(len(dz), self.weight.shape[1]))
         if grads.weight.numel():
             grads.weight[:vocab].addmm_(dz.T, h.to(self.dtype))
         if grads.bias.numel():
