@@ -33,7 +33,7 @@ _NAMES = {
     "adjusted_lld_weights": "lldfast.weights",
     "aggregate_weights": "lldfast.weights",
     "effective_domains": "lldfast.weights",
-    "Rule": "lldfast.weights",
+    "Rule": "lldfast.rules",
     "load_weights": "lldfast.weightsfile",
     "save_weights": "lldfast.weightsfile",
     "kl": "lldfast.divergence",
@@ -77,5 +77,6 @@ if TYPE_CHECKING:
     from lldfast.models.scorer import Scorer, load_scorer
     from lldfast.ops.linear_logprob import linear_cross_entropy, linear_logprob
     from lldfast.ops.logprob import logprob
-    from lldfast.weights import Rule, adjusted_lld_weights, aggregate_weights, effective_domains, lld_weights
+    from lldfast.rules import Rule
+    from lldfast.weights import adjusted_lld_weights, aggregate_weights, effective_domains, lld_weights
     from lldfast.weightsfile import load_weights, save_weights

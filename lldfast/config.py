@@ -17,8 +17,8 @@ from typing import Literal
 import yaml
 
 from lldfast.errors import InputError
+from lldfast.rules import RULES, Rule
 from lldfast.schedule import estimation_steps
-from lldfast.weights import RULES, Rule
 
 DEFAULT_RECIPE = "demo"
 
@@ -90,7 +90,7 @@ class TargetConfig:
 
 @dataclass
 class LLDConfig:
-    """From Delta to weights; see lldfast.weights.Rule.
+    """From Delta to weights; see lldfast.rules.Rule.
 
     Attributes:
         tau: temperature, nats per token (a multiple of std(Delta) for the "spread" rules); `.inf` gives the prior.

@@ -25,8 +25,9 @@ from lldfast.files import atomic_path
 from lldfast.loglik import LoglikVector, delta, score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
+from lldfast.rules import Rule, replay
 from lldfast.schedule import estimation_steps
-from lldfast.weights import Array, Rule, bootstrap_deltas, effective_domains, replay, standard_errors
+from lldfast.weights import Array, bootstrap_deltas, effective_domains, standard_errors
 from lldfast.weightsfile import combine, default_step_weights, recipe_errors
 
 
@@ -111,7 +112,9 @@ class LLDController:
         values = np.array([by_domain[name] for name in self.domains])
         gram = None
         if self.rule.needs_gram:
-            gram = grams.estimate(scorer, self.evalset, mode="exact", batch_tokens=self.batch_tokens).matrix(self.domains)
+            gram = grams.estimate(scorer, self.evalset, mode="exact", batch_tokens=min(4096, self.batch_tokens)).matrix(
+                self.domains
+            )
             unit = self._tokens_per_unit(base)  # G's rows are per token: into the unit of Delta
             gram = gram * np.outer(unit, unit)
         elapsed = (step - self.steps[-1]) / self.total if self.steps else 0.0
@@ -188,13 +191,21 @@ class LLDController:
                 {
                     "step": step,
                     "delta": named(self.deltas[i]),
-                    "delta_se": named(self.replicates[i].std(axis=0, ddof=1)) if self.replicates else None,
+                    "delta_se": self._delta_errors(i),
                     "weights": named(self.weights[i]),
                     "gram": None if gram is None else gram.tolist(),
                     "effective_domains": effective_domains(self.weights[i]),
                 }
             )
         return entries
+
+    def _delta_errors(self, i: int) -> dict[str, float | None] | None:
+        """Standard errors of Delta at the i-th estimate; None for a domain of one text, which resampling cannot vary."""
+        if not self.replicates:
+            return None
+        counts = self.evalset.counts()
+        errors = self.replicates[i].std(axis=0, ddof=1).tolist()
+        return {name: value if counts[name] > 1 else None for name, value in zip(self.domains, errors, strict=True)}
 
     def last_errors(self) -> dict[str, float] | None:
         """Standard errors of the last weights over texts (the path of states is resampled with them)."""
@@ -208,7 +219,9 @@ class LLDController:
         """Bootstrap replicates as .npz (steps [S], deltas [S, B, K]): offline recomputation takes its error bars from them."""
         if self.replicates:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, steps=np.array(self.steps), deltas=np.stack(self.replicates))
+                np.savez_compressed(
+                    file, steps=np.array(self.steps), deltas=np.stack(self.replicates), domains=np.array(self.domains)
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, as numpy arrays; give it to `load_state_dict` of a controller made the same way."""

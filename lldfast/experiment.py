@@ -126,7 +126,6 @@ class Experiment:
         check_same_run(out, config)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        torch.set_flush_denormal(True)  # denormal AdamW moments of rare tokens slow a CPU step down several times
         device = pick_device(config.train.device)
         dtype = pick_dtype(config.train.dtype, device)
         shards, evalset, tokenizer = open_data(config)
@@ -383,12 +382,16 @@ def check_same_run(out: Path, config: Config) -> None:
         InputError: naming the first setting that differs.
     """
     path = out / "config.yaml"
-    if not path.exists() or not ((out / "target.parquet").exists() or any(out.glob("methods/*/*"))):
+    trained = any(out.glob("methods/*/*"))
+    if not path.exists() or not ((out / "target.parquet").exists() or trained):
         return  # a start that failed before any result binds nobody
     before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
     now = flatten(yaml.safe_load(config.to_yaml()))
     for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] not in FREE_SETTINGS and before.get(key) != now.get(key):
+        section = key.split(".")[0]
+        if not trained and section not in ("data", "target"):
+            continue  # nothing but the target's scores is there: they depend on no other setting
+        if section not in FREE_SETTINGS and before.get(key) != now.get(key):
             raise InputError(f"{out} was made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}: use another --out")
 
 

@@ -9,6 +9,7 @@ in fp32, K x P numbers; products are summed in fp64.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from lldfast.data.evalset import EvalSet
 from lldfast.errors import InputError, TrainingError
 from lldfast.loglik import IGNORE, batches, token_logprobs
-from lldfast.models.scorer import Scorer
+from lldfast.models.scorer import Scorer, load_scorer
 
 MODES = ("auto", "exact")
 
@@ -65,25 +66,32 @@ class GramEstimate:
 
 
 def estimate(
-    model: Scorer,
-    evalset: EvalSet,
+    model: Scorer | str | os.PathLike[str],
+    evalset: EvalSet | str | os.PathLike[str],
     *,
     mode: Literal["auto", "exact"] = "auto",
+    k: Literal["auto"] = "auto",
     groups: int = 8,
     debias: bool = True,
+    precondition: None = None,
     budget_bytes: int | None = None,
-    batch_tokens: int = 16_384,
+    batch_tokens: int = 4096,
+    seed: int = 0,
 ) -> GramEstimate:
     """Estimate G on the texts of `evalset`.
 
     Args:
-        model: a Scorer over the model whose parameters are differentiated. Frozen parameters are left out; a tied
-            parameter counts once; one that a domain does not touch counts as zero.
+        model: a Scorer over the model whose parameters are differentiated, or what `load_scorer` takes. Frozen parameters
+            are left out; a tied parameter counts once; one that a domain does not touch counts as zero.
+        evalset: an EvalSet or the path of its Parquet file.
         mode: "exact" keeps the K rows; "auto" is "exact" here.
+        k, precondition, seed: of sketched and preconditioned estimates, which this version does not make; exact rows draw
+            nothing at random.
         groups: groups of texts per domain for the debiased diagonal (a U-statistic: the product of gradients of different
             texts has no noise term).
         debias: `G_kk = (|sum_b a_b g_b|^2 - sum_b a_b^2 |g_b|^2) / (1 - sum_b a_b^2)` over groups b with token shares a_b;
             domains with a single text keep the naive diagonal and say so in `debiased`.
+        batch_tokens: tokens of a batch; their activations are what the backward pass holds.
         budget_bytes: refuse to allocate more than this for the rows.
 
     Raises:
@@ -92,6 +100,10 @@ def estimate(
     """
     if mode not in MODES:
         raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if k != "auto" or precondition is not None:
+        raise InputError("gram.estimate makes exact rows of the plain Gram matrix here: leave k='auto' and precondition=None")
+    model = model if isinstance(model, Scorer) else load_scorer(model)
+    evalset = evalset if isinstance(evalset, EvalSet) else EvalSet.load(evalset)
     if groups < 1:
         raise InputError(f"groups must be >= 1, got {groups}")
     if len(evalset) == 0:
@@ -115,7 +127,7 @@ def estimate(
     training = model.module.training
     model.module.eval()  # dropout would add noise that no text has
     try:
-        for k, name in enumerate(domains):
+        for row, name in enumerate(domains):
             texts = np.flatnonzero(evalset.domain == name)
             for group in np.array_split(texts, min(groups, len(texts))):
                 n = 0
@@ -134,13 +146,13 @@ def estimate(
                 squares = gradient.double().square().sum()
                 if not torch.isfinite(squares):
                     raise TrainingError(f"gram.estimate: a gradient of domain {name!r} is not finite")
-                rows[k] += gradient
-                own_noise[k] += float(squares)
-                tokens[k] += n
-                share[k] += n**2
-            if tokens[k] == 0:
+                rows[row] += gradient
+                own_noise[row] += float(squares)
+                tokens[row] += n
+                share[row] += n**2
+            if tokens[row] == 0:
                 raise InputError(f"gram.estimate: the texts of domain {name!r} have no scored token")
-            rows[k] /= tokens[k]
+            rows[row] /= tokens[row]
     finally:
         model.module.train(training)
     gram = np.array([[_dot(rows[i], rows[j]) if j <= i else 0.0 for j in range(len(domains))] for i in range(len(domains))])

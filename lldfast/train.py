@@ -11,6 +11,7 @@ interrupted one goes on from its last checkpoint, bit for bit on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -32,9 +33,10 @@ from lldfast.files import folder_lock, write_json
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
 from lldfast.ops.linear_logprob import linear_cross_entropy
+from lldfast.rules import Rule
 from lldfast.runlog import JsonlLog, RunLog
 from lldfast.schedule import estimation_steps, learning_rate
-from lldfast.weights import Rule, with_floor
+from lldfast.weights import with_floor
 from lldfast.weightsfile import (
     combine,
     default_step_weights,
@@ -256,12 +258,22 @@ def train_method(exp: Experiment, name: str) -> None:
 
     seconds += time.perf_counter() - began
     record = measure(exp, scorer, t.steps, folder, mixture, metrics, log)
-    recipe = write_method_weights(exp, method, source, folder)
-    model.save(folder / "final", tokenizer_describe=exp.tokenizer, extra={"domain_weights": recipe, "name": name})
+    write_method_weights(exp, method, source, folder)
+    model.save(
+        folder / "final", tokenizer_describe=exp.tokenizer, extra={"domain_weights": trained_on(source, mixture), "name": name}
+    )
     log.close()
     metrics.close()
     write_json(folder / "result.json", {"method": name, "seconds": seconds, "tokens": t.steps * exp.tokens_per_step, **record})
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # final/ and result.json stand: nothing is left to resume
+
+
+def trained_on(source: Source, mixture: DomainMixture) -> Weights:
+    """The mixture a model was trained on: its fixed weights, or where they moved the share of sequences from each domain."""
+    if len(source.stages) == 1:
+        return source.stages[0][1]
+    drawn = mixture.consumed
+    return {name: n / sum(drawn.values()) for name, n in drawn.items()}
 
 
 def measure(
@@ -295,7 +307,7 @@ def not_finite(
     return f"method {name!r}, step {step}: {where}; nothing was updated, {after}. Lower train.learning_rate or check the data"
 
 
-def write_method_weights(exp: Experiment, method: Method, source: Source, folder: Path) -> Weights:
+def write_method_weights(exp: Experiment, method: Method, source: Source, folder: Path) -> None:
     """weights.json of a finished method: for pass 1 the fixed recipe of eq. (8) with its trajectory, else what was used."""
     lld = exp.config.lld
     fields: dict[str, Any] = {
@@ -335,7 +347,6 @@ def write_method_weights(exp: Experiment, method: Method, source: Source, folder
     target = fields.get("target") if fields["rule"] else None
     fields["disclosure"] = disclosure(fields["rule"], target)
     save_weights(folder / "weights.json", weights, **fields)
-    return weights
 
 
 def with_first_passes(config: Config) -> list[str]:
@@ -386,10 +397,14 @@ def run(config: Config) -> Path:
 
     config.check()
     out = Path(config.out)
-    with folder_lock(out):
+    with contextlib.ExitStack() as restore, folder_lock(out):
+        # settings of the process, which a caller's own code gets back as they were
+        restore.callback(torch.set_num_threads, torch.get_num_threads())
+        restore.callback(torch.set_flush_denormal, False)
         methods = with_first_passes(config)
         if config.target.mixture:
             config = with_trained_target(config)
+        torch.set_flush_denormal(True)  # denormal AdamW moments of rare tokens slow a CPU step down several times
         exp = Experiment.open(config, methods)
         for method in map(parse_method, methods):  # wrong weights are told now, not after the methods before them
             finished = (out / "methods" / method.name / "result.json").exists()

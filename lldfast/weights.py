@@ -1,4 +1,4 @@
-"""Domain weights from log-likelihood differences: eqs. (5)-(9) of the LLD paper, in numpy.
+"""Domain weights from log-likelihood differences: eqs. (5)-(9) of the LLD paper, in numpy (rules along a run: rules.py).
 
 Notation: K domains, Delta_k = l_k(target) - l_k(base) in nats per token, tau a temperature in the same unit, w0 a prior on
 the simplex (uniform unless given), G = J J^T the Gram matrix of the domain log-likelihood gradients.
@@ -26,8 +26,9 @@ Array = NDArray[np.float64]
 Values = Mapping[str, float] | ArrayLike
 V = TypeVar("V", bound=Values)
 
-# ridge="auto" only makes the K x K system solvable in fp64; a statistical ridge is a choice the caller states.
+# ridge="auto": a G that is worse conditioned than this, or indefinite, is dominated by the noise of few texts.
 MAX_CONDITION = 1e8
+AUTO_RIDGE = 0.01  # of tr G / K
 NORMALISE = ("spread", "trace", "none")
 
 
@@ -93,13 +94,13 @@ def simplex(values: Values, domains: Sequence[str], what: str = "weights") -> Ar
     bad = np.flatnonzero(~np.isfinite(array) | (array < 0))
     if len(bad):
         raise InputError(f"{what}: the weight of domain {domains[int(bad[0])]!r} is {array[bad[0]]}, not a finite number >= 0")
-    if array.sum() <= 0:
-        raise InputError(f"{what}: all weights are zero")
     with np.errstate(over="ignore"):
-        finite = np.isfinite(array.sum())
-    if not finite:
+        total = array.sum()
+    if total <= 0:
+        raise InputError(f"{what}: all weights are zero")
+    if not np.isfinite(total):
         raise InputError(f"{what}: the sum of the weights is not finite")
-    return array / array.sum()
+    return array / total
 
 
 def softmax(logits: Array) -> Array:
@@ -111,12 +112,12 @@ def softmax(logits: Array) -> Array:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def _log(weights: Array) -> Array:
+def log(weights: Array) -> Array:
     with np.errstate(divide="ignore"):
         return np.log(weights)
 
 
-def _check_tau(tau: float) -> None:
+def check_tau(tau: float) -> None:
     if not isinstance(tau, (int, float, np.number)) or not tau > 0:
         raise InputError(f"tau must be > 0 (inf gives the prior), got {tau}")
 
@@ -145,7 +146,7 @@ def lld_weights(
     Raises:
         InputError: tau <= 0, a delta that is not finite, names that do not match.
     """
-    _check_tau(tau)
+    check_tau(tau)
     names = _names(delta, domains)
     d = align(delta, names, "delta")
     _check_delta(d, names)
@@ -154,7 +155,7 @@ def lld_weights(
 
 
 def _log_prior(prior: Values | None, names: Sequence[str]) -> Array:
-    return np.zeros(len(names)) if prior is None else _log(simplex(prior, names, "prior"))
+    return np.zeros(len(names)) if prior is None else log(simplex(prior, names, "prior"))
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ def adjusted_direction(
     Args:
         normalise: "spread" multiplies v so that std(v) = std(Delta), which keeps the meaning of tau; "trace" uses
             G K / tr G, so that G ~ I gives back eq. (7); "none" is the literal eq. (6).
-        ridge: added to the diagonal, in the unit of G. "auto" adds the least that brings the condition number down to 1e8
-            (nothing for a well-conditioned G).
+        ridge: added to the diagonal, in the unit of G. "auto" adds nothing to a well-conditioned G, and 0.01 tr G / K to
+            a singular or indefinite one (few texts), whose noise would otherwise decide v.
 
     Raises:
         InputError: shapes, a G that is not finite, not symmetric or zero, unknown `normalise`, negative ridge.
@@ -198,7 +199,7 @@ def adjusted_direction(
         raise InputError("gram has no positive eigenvalue")
     values = np.clip(values, 0.0, None)  # a debiased estimate can dip below zero
     if ridge == "auto":
-        amount = max(0.0, (values[-1] - MAX_CONDITION * values[0]) / (MAX_CONDITION - 1))
+        amount = 0.0 if values[-1] <= MAX_CONDITION * values[0] else AUTO_RIDGE * float(values.sum()) / len(values)
     else:
         amount = float(ridge)
         if not amount >= 0:
@@ -240,7 +241,7 @@ def adjusted_lld_weights(
     Raises:
         InputError: as `lld_weights` and `adjusted_direction`.
     """
-    _check_tau(tau)
+    check_tau(tau)
     if hasattr(gram, "matrix"):  # a GramEstimate, which this module must not import: it needs torch
         estimate = cast("GramEstimate", gram)
         domains = estimate.domains if domains is None and not isinstance(delta, Mapping) else domains
@@ -293,7 +294,7 @@ def aggregate_weights(
     a = a / a.sum()
     if method == "geometric":
         used = a > 0  # 0 * log 0 of a step that does not count would be NaN
-        logits = (a[used, None] * _log(w[used])).sum(axis=0)
+        logits = (a[used, None] * log(w[used])).sum(axis=0)
         if not np.isfinite(logits).any():
             raise InputError("aggregate_weights: every domain has weight 0 at some step, so the geometric mean is 0")
         wbar = softmax(logits)
@@ -319,131 +320,6 @@ def effective_domains(weights: Values) -> float:
     """
     simplex(weights, _names(weights, None))
     return float(np.exp(entropy(list(weights.values()) if isinstance(weights, Mapping) else weights)))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule from Delta_t (and G_t) to w_t, with every option that can be changed after the run.
-
-    Attributes:
-        name: "iterative" (eq. (7)); "adjusted" (eq. (6)); "spread" (eq. (7) with tau scaled by std(Delta_t));
-            "adjusted-spread" (eq. (6) at the same sharpness as "spread"); "mirror" (mirror descent with its state kept,
-            `logits += step_size (Delta_t - mean) * (elapsed steps / total steps)`; appendix A.3's one step is eq. (7)).
-        tau: nats per token; a pure number for the two "spread" rules; unused by "mirror".
-        tau_end: temperature at the last step; tau moves there geometrically. None keeps tau.
-        prior: w0 in the order of the domains; None is uniform.
-    """
-
-    name: str = "iterative"
-    tau: float = 1.0
-    tau_end: float | None = None
-    step_size: float = 4.0
-    floor: float = 0.0
-    normalise: str = "spread"
-    ridge: float | Literal["auto"] = "auto"
-    prior: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.name not in RULES:
-            raise InputError(f"unknown rule {self.name!r}; the rules are {', '.join(RULES)}")
-        _check_tau(self.tau)
-        if self.tau_end is not None:
-            _check_tau(self.tau_end)
-        if not (self.step_size > 0 and np.isfinite(self.step_size)):
-            raise InputError(f"step_size must be > 0 and finite, got {self.step_size}")
-        if not 0 <= self.floor <= 1:
-            raise InputError(f"floor must lie in [0, 1/K] for K domains, got {self.floor}")
-        if self.normalise not in NORMALISE:
-            raise InputError(f"normalise must be one of {', '.join(NORMALISE)}, got {self.normalise!r}")
-        if self.ridge != "auto" and not float(self.ridge) >= 0:
-            raise InputError(f"ridge must be >= 0 or 'auto', got {self.ridge}")
-        if isinstance(self.prior, Mapping):
-            raise InputError("a rule's prior is a tuple of weights in the order of the domains, not a mapping")
-
-    @property
-    def needs_gram(self) -> bool:
-        return self.name.startswith("adjusted")
-
-    def temperature(self, progress: float) -> float:
-        """tau at `progress` in [0, 1] of the run."""
-        if self.tau_end is None or self.tau_end == self.tau:
-            return self.tau
-        return float(self.tau ** (1 - progress) * self.tau_end**progress)
-
-    def logits(self, delta: Array, gram: Array | None, progress: float, elapsed: float, state: Array) -> Array:
-        """Log of the unnormalised weights relative to the prior [K]. `elapsed` is the part of the run since the last
-        estimate, `state` what this method returned then (zeros before the first)."""
-        tau = self.temperature(progress)
-        if self.name == "mirror":
-            return state + self.step_size * (delta - delta.mean()) * elapsed
-        if self.needs_gram:
-            if gram is None:
-                raise InputError(f"rule {self.name!r} needs a Gram matrix at every step")
-            direction = adjusted_direction(gram, delta, normalise=self.normalise, ridge=self.ridge).contrast
-        else:
-            direction = delta - delta.mean()
-        if self.name.endswith("spread"):
-            sigma = float(direction.std())
-            direction = direction / sigma if sigma > 0 else direction
-        return direction / tau
-
-    def weights(self, logits: Array) -> Array:
-        """Weights [K] of `logits`, with prior and floor."""
-        prior = 0.0 if self.prior is None else _log(np.asarray(self.prior, dtype=np.float64))
-        return with_floor(softmax(logits + prior), self.floor)
-
-
-RULES = ("iterative", "spread", "mirror", "adjusted", "adjusted-spread")
-
-
-def replay(rule: Rule, steps: Sequence[int], total: int, deltas: ArrayLike, grams: Sequence[Array | None] | None = None) -> Array:
-    """The weights [S, K] that `rule` gives along stored Delta_t [S, K] of a run of `total` steps.
-
-    For the rule of the run itself this is what the run used; for any other it is the answer on the same trajectory.
-    """
-    d = np.asarray(deltas, dtype=np.float64)
-    if d.ndim != 2 or len(d) != len(steps):
-        raise InputError(f"deltas must be [S, K] for {len(steps)} steps, got {d.shape}")
-    state = np.zeros(d.shape[1])
-    rows = []
-    for i, step in enumerate(steps):
-        elapsed = (step - steps[i - 1]) / total if i else 0.0
-        state = rule.logits(d[i], None if grams is None else grams[i], step / total, elapsed, state)
-        rows.append(rule.weights(state))
-    return np.stack(rows) if rows else np.zeros((0, d.shape[1]))
-
-
-def elapsed_weights(steps: Sequence[int], total: int) -> Array:
-    """Share of the run that each estimate was in force [S]: S is dense early, and equal step weights would count the first
-    hundred steps as more than half of the run."""
-    ends = [*steps[1:], total]
-    return np.array([end - start for start, end in zip(steps, ends, strict=True)], dtype=np.float64) / total
-
-
-def two_stage_weights(
-    steps: Sequence[int], total: int, weights: Array, *, method: str = "geometric", elapsed: bool = True, split: float = 0.5
-) -> tuple[int, Array, Array]:
-    """Appendix C.2: one mixture for each half of the run. Returns (first step of the second stage, w of stage 1, of stage 2).
-
-    Estimates in force in a stage count for the time they were in force there (`elapsed=True`), or once each when they were
-    taken in that stage.
-    """
-    if not 0 < split < 1:
-        raise InputError(f"split must lie between 0 and 1, got {split}")
-    boundary = max(1, round(total * split))
-    if boundary >= total:
-        raise InputError(f"a run of {total} steps split at {split} has no second stage")
-    s = np.asarray(steps)
-    ends = np.append(s[1:], total)
-    first = np.clip(np.minimum(ends, boundary) - s, 0, None).astype(float)
-    second = np.clip(ends - np.maximum(s, boundary), 0, None).astype(float)
-    if not elapsed:
-        first, second = (s < boundary).astype(float), (s >= boundary).astype(float)
-        if second.sum() == 0:
-            raise InputError(f"no estimate at or after step {boundary}: nothing to aggregate for the second stage")
-    one = aggregate_weights(weights, method=method, step_weights=first)
-    two = aggregate_weights(weights, method=method, step_weights=second)
-    return boundary, one, two
 
 
 def bootstrap_deltas(

@@ -16,17 +16,8 @@ import numpy as np
 
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import read_json, write_json
-from lldfast.weights import (
-    Array,
-    Rule,
-    aggregate_weights,
-    effective_domains,
-    elapsed_weights,
-    replay,
-    simplex,
-    standard_errors,
-    two_stage_weights,
-)
+from lldfast.rules import Rule, elapsed_weights, replay, two_stage_weights
+from lldfast.weights import Array, aggregate_weights, effective_domains, simplex, standard_errors
 
 FORMAT = "lldfast-weights"
 

@@ -11,7 +11,8 @@ from lldfast.errors import InputError
 from lldfast.loglik import delta, score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
-from lldfast.weights import Rule, adjusted_lld_weights, aggregate_weights, lld_weights
+from lldfast.rules import Rule
+from lldfast.weights import adjusted_lld_weights, aggregate_weights, lld_weights
 
 rng = np.random.default_rng(0)
 TOKENIZER = load_tokenizer("bytes")

@@ -21,6 +21,7 @@ FLOORS = {
     "lldfast.divergence": 2,
     "lldfast.gram": 2,
     "lldfast.weights": 2,
+    "lldfast.rules": 2,
     "lldfast.weightsfile": 2,
     "lldfast.config": 3,
     "lldfast.controller": 3,

@@ -160,9 +160,7 @@ def test_vocabulary_shards_merge_to_the_whole(cuts):
     labels[4] = -100
     want = logprob(logits, labels, **EVERYTHING)
     edges = [0, *cuts, 50]
-    parts = [
-        logprob(logits[:, a:b], labels, vocab_start=a, valid_vocab=50, **EVERYTHING) for a, b in itertools.pairwise(edges)
-    ]
+    parts = [logprob(logits[:, a:b], labels, vocab_start=a, valid_vocab=50, **EVERYTHING) for a, b in itertools.pairwise(edges)]
     got = merge_vocab_shards(parts)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6 * (1 + float(want.lse.abs().max())))

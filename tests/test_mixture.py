@@ -300,8 +300,8 @@ def test_too_few_tokens(tmp_path, make_shards):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_size": 0}, "block_size must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
         ({"world_size": 5}, "not a multiple of world_size 5"),
         ({"rank": 2, "world_size": 2}, "rank 2 is not one of 2 ranks"),
         ({"micro_batch_size": 5}, "does not divide"),
@@ -344,7 +344,7 @@ def test_states_and_weights_that_are_none(shards):
         even = {domain: 1 / len(shards.domains) for domain in shards.domains}
         return DomainMixture(shards, even if weights is None else weights, **{"block_size": 8, "batch_size": 4, **options})
 
-    for weights in ("abc", ["x"] * len(shards.domains), {domain: "x" for domain in shards.domains}):
+    for weights in ("abc", ["x"] * len(shards.domains), dict.fromkeys(shards.domains, "x")):
         with pytest.raises(InputError, match="weights must be numbers"):
             mixture(weights)
     with pytest.raises(InputError, match="there are 4 domains"):

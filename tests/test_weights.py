@@ -8,19 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lldfast.errors import InputError
+from lldfast.rules import Rule, elapsed_weights, replay, two_stage_weights
 from lldfast.weights import (
-    Rule,
     adjusted_direction,
     adjusted_lld_weights,
     aggregate_weights,
     bootstrap_deltas,
     effective_domains,
-    elapsed_weights,
     lld_weights,
-    replay,
     simplex,
     standard_errors,
-    two_stage_weights,
     with_floor,
 )
 

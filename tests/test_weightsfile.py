@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lldfast.errors import CorruptError, InputError
-from lldfast.weights import Rule, aggregate_weights, lld_weights, replay
+from lldfast.rules import Rule, replay
+from lldfast.weights import aggregate_weights, lld_weights
 from lldfast.weightsfile import (
     disclosure,
     load_weights,

@@ -103,8 +103,17 @@ class Grads(NamedTuple):
 
 @torch.library.custom_op("lldfast::linear_logprob", mutates_args=())
 def _forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float,
-    ignore_index: int, valid_vocab: int | None, vocab_start: int, argmax: bool, entropy: bool,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    vocab_start: int,
+    argmax: bool,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, vocab = hidden.shape[0], local_vocab(weight.shape[0], valid_vocab, vocab_start)
     head = Head(hidden, weight, bias, vocab)
@@ -123,8 +132,17 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float,
-    ignore_index: int, valid_vocab: int | None, vocab_start: int, argmax: bool, entropy: bool,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    vocab_start: int,
+    argmax: bool,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = Outputs.zeros(hidden, hidden.shape[0], accumulate_dtype(hidden, weight), argmax, entropy)
     return tuple(out)  # type: ignore[return-value]
@@ -132,9 +150,21 @@ def _(
 
 @torch.library.custom_op("lldfast::linear_logprob_backward", mutates_args=())
 def _backward(
-    g: Tensor, h: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, bias: Tensor | None,
-    softcap: float | None, logit_scale: float, ignore_index: int, valid_vocab: int | None, vocab_start: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
+    g: Tensor,
+    h: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    vocab_start: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     vocab = local_vocab(weight.shape[0], valid_vocab, vocab_start)
     head = Head(hidden, weight, bias, vocab)
@@ -155,9 +185,21 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    g: Tensor, h: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, bias: Tensor | None,
-    softcap: float | None, logit_scale: float, ignore_index: int, valid_vocab: int | None, vocab_start: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
+    g: Tensor,
+    h: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    vocab_start: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(hidden, weight)
     return tuple(Grads.zeros(hidden, weight, dtype, need_hidden, need_weight, need_bias))  # type: ignore[return-value]
@@ -193,8 +235,17 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 @torch.library.custom_op("lldfast::linear_cross_entropy", mutates_args=())
 def _cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float,
-    ignore_index: int, valid_vocab: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Summed loss, number of scored tokens, logprob per token, and the gradients of the sum."""
     tokens, vocab = hidden.shape[0], local_vocab(weight.shape[0], valid_vocab, 0)
@@ -224,8 +275,17 @@ def _cross_entropy(
 
 @_cross_entropy.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float,
-    ignore_index: int, valid_vocab: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(hidden, weight)
     loss, scored, logprobs = (hidden.new_empty(shape, dtype=dtype) for shape in ((), (), (hidden.shape[0],)))
@@ -268,8 +328,14 @@ _cross_entropy.register_autograd(_cross_entropy_autograd, setup_context=_cross_e
 
 
 def _prepare(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, valid_vocab: int | None,
-    vocab_start: int, precision: str | None,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    valid_vocab: int | None,
+    vocab_start: int,
+    precision: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked inputs, hidden flattened to [T, d] and labels to [T]."""
     inputs = {"hidden": hidden, "weight": weight, "bias": bias}
@@ -309,9 +375,7 @@ def linear_logprob(
     """
     x, w, y = _prepare(hidden, weight, labels, bias, softcap, valid_vocab, vocab_start, precision)
     resolve("linear_logprob", backend, hidden.device.type)
-    out = _forward(
-        x, w, y, bias, softcap, logit_scale, ignore_index, valid_vocab, vocab_start, return_argmax, return_entropy
-    )
+    out = _forward(x, w, y, bias, softcap, logit_scale, ignore_index, valid_vocab, vocab_start, return_argmax, return_entropy)
     return shape_result(out, labels.shape, return_lse, return_argmax, return_entropy)
 
 

@@ -76,8 +76,13 @@ def reference(
 
 
 def check_inputs(
-    inputs: dict[str, Tensor | None], labels: Tensor, rows: Sequence[int], softcap: float | None, valid_vocab: int | None,
-    vocab_start: int, precision: str | None,
+    inputs: dict[str, Tensor | None],
+    labels: Tensor,
+    rows: Sequence[int],
+    softcap: float | None,
+    valid_vocab: int | None,
+    vocab_start: int,
+    precision: str | None,
 ) -> None:
     """Refuse what cannot be scored, with a message that names the argument. `rows` is the shape that labels must have."""
     for name, tensor in [*inputs.items(), ("labels", labels)]:
@@ -238,8 +243,16 @@ class Outputs(NamedTuple):
 
 @torch.library.custom_op("lldfast::logprob", mutates_args=())
 def _forward(
-    logits: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, ignore_index: int,
-    valid_vocab: int | None, vocab_start: int, argmax: bool, entropy: bool,
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    vocab_start: int,
+    argmax: bool,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(logits)
     tokens, vocab = logits.shape[0], local_vocab(logits.shape[1], valid_vocab, vocab_start)
@@ -259,16 +272,35 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    logits: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, ignore_index: int,
-    valid_vocab: int | None, vocab_start: int, argmax: bool, entropy: bool,
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    vocab_start: int,
+    argmax: bool,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return tuple(Outputs.zeros(logits, logits.shape[0], accumulate_dtype(logits), argmax, entropy))  # type: ignore[return-value]
 
 
 @torch.library.custom_op("lldfast::logprob_backward", mutates_args=())
 def _backward(
-    g: Tensor, h: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, bias: Tensor | None, softcap: float | None,
-    logit_scale: float, ignore_index: int, valid_vocab: int | None, vocab_start: int, need_logits: bool, need_bias: bool,
+    g: Tensor,
+    h: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    vocab_start: int,
+    need_logits: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype, vocab = accumulate_dtype(logits), local_vocab(logits.shape[1], valid_vocab, vocab_start)
     d_logits = torch.zeros_like(logits) if need_logits else logits.new_empty(0)
@@ -292,8 +324,19 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    g: Tensor, h: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, bias: Tensor | None, softcap: float | None,
-    logit_scale: float, ignore_index: int, valid_vocab: int | None, vocab_start: int, need_logits: bool, need_bias: bool,
+    g: Tensor,
+    h: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    valid_vocab: int | None,
+    vocab_start: int,
+    need_logits: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor]:
     d_logits = torch.empty_like(logits) if need_logits else logits.new_empty(0)
     return d_logits, logits.new_empty(logits.shape[1] if need_bias else 0, dtype=accumulate_dtype(logits))
