@@ -118,7 +118,8 @@ def main() -> None:
             f"tokens/s, ours / minimal loop, {name} time: median {middle:.3f} (min {low:.3f}, max {high:.3f}, {o.rounds} rounds)"
         )
     if o.results:
-        Path(o.results).write_text(json.dumps({"options": vars(o), "wall": wall, "processor": processor}, indent=1) + "\n")
+        options = {key: value for key, value in vars(o).items() if key not in ("data", "results")}
+        Path(o.results).write_text(json.dumps({"options": options, "wall": wall, "processor": processor}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
