@@ -142,8 +142,9 @@ class Experiment:
             own = (identity.get("extra") or {}).get("domain_weights")
             if ground_truth is None and own and set(own) == set(shards.domains):
                 ground_truth = load_named(own, shards.domains)
-            if target_scorer.tokenizer.hash != tokenizer.hash or not config.measure.true_kl:
-                target_scorer = None
+            shared = target_scorer.tokenizer.hash == tokenizer.hash and config.measure.true_kl
+            # the true KL compares next-token distributions in the same context, so under the base's first-token rule
+            target_scorer = target_scorer.with_bos("auto") if shared else None
         exp = cls(config, out, shards, evalset, tokenizer, target, target_scorer, identity, ground_truth, {}, device, dtype)
         exp.base_identity = exp.describe_base()
         write_json(out / "experiment.json", exp.describe(with_finished(out, methods)))

@@ -393,3 +393,11 @@ def test_one_domain_and_one_step(tmp_path, target):
     run(dataclasses.replace(c, train=dataclasses.replace(c.train, steps=1)))
     rows = read_json(tmp_path / "run" / "summary.json")["rows"]
     assert len(rows) == 7 and all(row["effective_domains"] == pytest.approx(1) for row in rows)
+
+
+def test_true_kl_does_not_depend_on_the_targets_first_token_rule(corpus, target, tmp_path):
+    found = []
+    for bos in ("auto", "none"):
+        run(config(tmp_path / bos, corpus, target=TargetConfig(model=str(target), bos=bos)))
+        found.append(read_json(tmp_path / bos / "summary.json")["rows"][0])
+    assert found[0]["true_kl"] == found[1]["true_kl"] and found[0]["nll_gap"] != found[1]["nll_gap"]
