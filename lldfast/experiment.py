@@ -34,6 +34,7 @@ from lldfast.loglik import LoglikVector, score
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig, read_gpt_json
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.schedule import estimation_steps
+from lldfast.weights import simplex
 from lldfast.weightsfile import disclosure, load_weights
 
 # Configuration that may change between two calls on one run folder without making its results incomparable.
@@ -141,7 +142,7 @@ class Experiment:
             target = score_target(out, target_scorer, evalset, config)
             own = (identity.get("extra") or {}).get("domain_weights")
             if ground_truth is None and own and set(own) == set(shards.domains):
-                ground_truth = load_named(own, shards.domains)
+                ground_truth = dict(zip(shards.domains, simplex(own, shards.domains).tolist(), strict=True))
             shared = target_scorer.tokenizer.hash == tokenizer.hash and config.measure.true_kl
             # the true KL compares next-token distributions in the same context, so under the base's first-token rule
             target_scorer = target_scorer.with_bos("auto") if shared else None
@@ -369,11 +370,6 @@ def with_finished(out: Path, methods: list[str]) -> list[str]:
     before = read_json(out / "experiment.json")["methods"] if (out / "experiment.json").exists() else []
     kept = [name for name in before if name not in methods and (out / "methods" / name / "result.json").exists()]
     return kept + methods
-
-
-def load_named(weights: dict[str, float], domains: list[str]) -> dict[str, float]:
-    total = sum(weights.values())
-    return {name: weights[name] / total for name in domains}
 
 
 def check_same_run(out: Path, config: Config) -> None:
