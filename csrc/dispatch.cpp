@@ -53,7 +53,10 @@ Isa best_isa() {
   if (!zmm || !f || !dq || !bw || !vl) return Isa::kAvx2;
   const bool tiles = (saved & 0x60000) == 0x60000;
   const bool amx_bf16 = has_bit(edx, 22), amx_tile = has_bit(edx, 24);
-  if (!tiles || !amx_bf16 || !amx_tile || !request_tiles()) return Isa::kAvx512;
+  if (!tiles || !amx_bf16 || !amx_tile) return Isa::kAvx512;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return Isa::kAvx512;
+  const bool avx512_bf16 = has_bit(eax, 5);
+  if (!avx512_bf16 || !request_tiles()) return Isa::kAvx512;
   return Isa::kAmx;
 }
 #else

@@ -4,9 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "cpu/linear_logprob.h"
+#include "cpu/logprob.h"
 #include "cpu/tokens.h"
 #include "cpu/xxh3.h"
 #include "dispatch.h"
@@ -62,6 +67,67 @@ py::object gather(const Indices& addresses, const Indices& sizes, int itemsize, 
   return py::make_tuple(bad.row, bad.position, bad.token);
 }
 
+lldfast::DType dtype_of(const std::string& name) {
+  if (name == "float32") return lldfast::DType::kF32;
+  if (name == "bfloat16") return lldfast::DType::kBf16;
+  if (name == "float16") return lldfast::DType::kF16;
+  throw py::value_error("dtype " + name + ": the kernels take float32, bfloat16 and float16");
+}
+
+lldfast::Precision precision_of(const std::string& name) {
+  if (name == "fp32") return lldfast::Precision::kFp32;
+  if (name == "bf16") return lldfast::Precision::kBf16;
+  if (name == "bf16x3") return lldfast::Precision::kBf16x3;
+  throw py::value_error("precision " + name + ": choose fp32, bf16 or bf16x3");
+}
+
+lldfast::Isa isa_of(const std::string& name) {
+  if (name.empty()) return lldfast::active_isa();
+  for (lldfast::Isa isa : lldfast::supported_isas()) {
+    if (name == lldfast::isa_name(isa)) return isa;
+  }
+  throw py::value_error("isa " + name + ": not on this machine");
+}
+
+// (address, dtype, row stride in elements) of a matrix whose columns are contiguous; address 0: there is none.
+using MatrixTuple = std::tuple<uintptr_t, std::string, int64_t>;
+
+lldfast::Matrix matrix(const MatrixTuple& m) {
+  return {reinterpret_cast<const void*>(std::get<0>(m)), dtype_of(std::get<1>(m)), std::get<2>(m)};
+}
+
+lldfast::MutableMatrix mutable_matrix(const MatrixTuple& m) {
+  return {reinterpret_cast<void*>(std::get<0>(m)), dtype_of(std::get<1>(m)), std::get<2>(m)};
+}
+
+// Addresses of per-token results: logprob, lse, argmax, entropy, top; 0: not wanted.
+lldfast::LogprobOut outputs(const std::array<uintptr_t, 5>& a) {
+  return {reinterpret_cast<float*>(a[0]), reinterpret_cast<float*>(a[1]), reinterpret_cast<int64_t*>(a[2]),
+          reinterpret_cast<float*>(a[3]), reinterpret_cast<float*>(a[4])};
+}
+
+const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
+
+void check_sizes(int64_t tokens, int64_t vocab, int threads) {
+  if (tokens < 1 || vocab < 1 || threads < 1) throw py::value_error("tokens, vocab and threads must be at least 1");
+  if (vocab > INT32_MAX) throw py::value_error("the kernels number the vocabulary in 32 bits");
+}
+
+lldfast::LogprobArgs logprob_args(const MatrixTuple& logits, uintptr_t rows, int64_t tokens, int64_t vocab, uintptr_t labels,
+                                  uintptr_t bias, float softcap, float logit_scale, int threads) {
+  check_sizes(tokens, vocab, threads);
+  return {matrix(logits), integers(rows), tokens, vocab, integers(labels), floats(bias), softcap, logit_scale, threads};
+}
+
+lldfast::LinearLogprobArgs linear_args(const MatrixTuple& hidden, uintptr_t rows, int64_t tokens, int64_t width,
+                                       const MatrixTuple& weight, int64_t vocab, uintptr_t labels, uintptr_t bias, float softcap,
+                                       float logit_scale, const std::string& precision, int threads) {
+  check_sizes(tokens, vocab, threads);
+  return {matrix(hidden),   integers(rows), tokens,  width,       matrix(weight),          vocab,
+          integers(labels), floats(bias),   softcap, logit_scale, precision_of(precision), threads};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -74,4 +140,48 @@ PYBIND11_MODULE(_C, m) {
         py::arg("domain"), py::arg("start"), py::arg("length"), py::arg("x"), py::arg("y"),
         "Fill x and y (addresses of int64 [rows, length]) with windows and next tokens; None, or (row, position, token) "
         "of the first token id at or above vocab_size.");
+
+  // Given logits: csrc/cpu/logprob.h. Hidden states and head: csrc/cpu/linear_logprob.h. isa "" is the one in use.
+  m.def("logprob_fwd",
+        [](const MatrixTuple& logits, uintptr_t rows, int64_t tokens, int64_t vocab, uintptr_t labels, uintptr_t bias,
+           float softcap, float logit_scale, int threads, const std::string& isa, const std::array<uintptr_t, 5>& out) {
+          const auto args = logprob_args(logits, rows, tokens, vocab, labels, bias, softcap, logit_scale, threads);
+          const lldfast::Isa chosen = isa_of(isa);
+          py::gil_scoped_release release;
+          lldfast::logprob_forward(chosen, args, outputs(out));
+        });
+  m.def("logprob_bwd",
+        [](const MatrixTuple& logits, uintptr_t rows, int64_t tokens, int64_t vocab, uintptr_t labels, uintptr_t bias,
+           float softcap, float logit_scale, int threads, const std::string& isa, uintptr_t lse, uintptr_t g, uintptr_t h,
+           const MatrixTuple& dlogits, uintptr_t dbias) {
+          const auto args = logprob_args(logits, rows, tokens, vocab, labels, bias, softcap, logit_scale, threads);
+          const lldfast::LogprobGrad grad = {floats(lse), floats(g), floats(h), mutable_matrix(dlogits),
+                                             reinterpret_cast<float*>(dbias)};
+          const lldfast::Isa chosen = isa_of(isa);
+          py::gil_scoped_release release;
+          lldfast::logprob_backward(chosen, args, grad);
+        });
+  m.def("linear_logprob_fwd",
+        [](const MatrixTuple& hidden, uintptr_t rows, int64_t tokens, int64_t width, const MatrixTuple& weight, int64_t vocab,
+           uintptr_t labels, uintptr_t bias, float softcap, float logit_scale, const std::string& precision, int threads,
+           const std::string& isa, const std::array<uintptr_t, 5>& out) {
+          const auto args = linear_args(hidden, rows, tokens, width, weight, vocab, labels, bias, softcap, logit_scale, precision,
+                                        threads);
+          const lldfast::Isa chosen = isa_of(isa);
+          py::gil_scoped_release release;
+          lldfast::linear_logprob_forward(chosen, args, outputs(out));
+        });
+  m.def("linear_logprob_bwd",
+        [](const MatrixTuple& hidden, uintptr_t rows, int64_t tokens, int64_t width, const MatrixTuple& weight, int64_t vocab,
+           uintptr_t labels, uintptr_t bias, float softcap, float logit_scale, const std::string& precision, int threads,
+           const std::string& isa, uintptr_t lse, uintptr_t g, uintptr_t h, const MatrixTuple& dh, const MatrixTuple& dw,
+           uintptr_t dbias) {
+          const auto args = linear_args(hidden, rows, tokens, width, weight, vocab, labels, bias, softcap, logit_scale, precision,
+                                        threads);
+          const lldfast::LinearLogprobGrad grad = {floats(lse),        floats(g), floats(h), mutable_matrix(dh),
+                                                   mutable_matrix(dw), reinterpret_cast<float*>(dbias)};
+          const lldfast::Isa chosen = isa_of(isa);
+          py::gil_scoped_release release;
+          lldfast::linear_logprob_backward(chosen, args, grad);
+        });
 }

@@ -1,0 +1,47 @@
+#include "cpu/parallel.h"
+
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace lldfast {
+
+void run_team(int n, void (*task)(void*, int), void* context) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < n; ++i) others.emplace_back(task, context, i);
+  task(context, 0);
+  for (std::thread& thread : others) thread.join();
+}
+
+struct Barrier::State {
+  std::mutex mutex;
+  std::condition_variable all_here;
+  const int n;
+  int waiting = 0;
+  int64_t round = 0;
+
+  explicit State(int members) : n(members) {}
+};
+
+Barrier::Barrier(int n) : state_(new State(n)) {}
+Barrier::~Barrier() { delete state_; }
+
+void Barrier::wait() {
+  if (state_->n == 1) return;
+  std::unique_lock<std::mutex> lock(state_->mutex);
+  const int64_t round = state_->round;
+  if (++state_->waiting == state_->n) {
+    state_->waiting = 0;
+    ++state_->round;
+    state_->all_here.notify_all();
+  } else {
+    state_->all_here.wait(lock, [&] { return state_->round != round; });
+  }
+}
+
+Buffer::Buffer(size_t bytes) : data_(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(64)))) {}
+Buffer::~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+
+}  // namespace lldfast
