@@ -23,8 +23,8 @@ BACKENDS = ("torch", "cpp", "triton", "cuda")
 
 # Implementations of each op, best first; "auto" takes the first that runs on the tensors' device.
 IMPLEMENTATIONS: dict[str, list[str]] = {
-    "logprob": ["torch"],
-    "linear_logprob": ["torch"],
+    "logprob": ["triton", "cuda", "cpp", "torch"],
+    "linear_logprob": ["triton", "cpp", "torch"],
     "gather": ["cpp", "numpy"],
     "xxh3": ["cpp", "xxhash"],
 }
@@ -176,7 +176,8 @@ def _unavailable(backend: str) -> str:
     if backend == "triton":
         return str(_triton()["reason"])
     if backend == "cuda":
-        return str(_cuda()["reason"])
+        found = _cuda()
+        return str(found["reason"]) or ("" if found["kernels"] else "built where there was no nvcc, without its kernels")
     return ""
 
 

@@ -29,8 +29,9 @@ from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path
 from lldfast.models.gpt import DTYPES, GPT
 from lldfast.models.scorer import Scorer, Segment, load_scorer
+from lldfast.ops.chunks import row_chunks
 from lldfast.ops.linear_logprob import linear_logprob
-from lldfast.ops.logprob import logprob, row_chunks
+from lldfast.ops.logprob import logprob
 
 FORMAT = "lldfast-loglik"
 NORMALIZE = ("base_tokens", "bytes", "texts")

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lldfast.backends import extension
 from lldfast.errors import InputError
-from lldfast.ops import linear_logprob as module
-from lldfast.ops import logprob as given
+from lldfast.ops import chunks
+from lldfast.ops import linear_logprob as linear
+from lldfast.ops import torch_linear as module
 from lldfast.ops.linear_logprob import linear_cross_entropy, linear_logprob, reference
 from lldfast.ops.logprob import merge_vocab_shards
 
@@ -21,6 +23,21 @@ BIG = [(31, 64, 50257), (17, 768, 50304), (5, 33, 65537), (9, 32, 128256), (3, 2
 EVERYTHING = {"return_lse": True, "return_argmax": True, "return_entropy": True}
 
 
+@pytest.fixture(params=["torch", "cpp"], autouse=True)
+def backend(request, monkeypatch):
+    """Every test runs on both: "auto" becomes the parameter, except for fp64 inputs, which only torch takes."""
+    if request.param == "cpp" and extension() is None:
+        pytest.skip("lldfast._C is not built")
+    original = linear.choose
+
+    def choose(op, name, *tensors):
+        fixed = name == "auto" and tensors[0].device.type == "cpu" and original(op, name, *tensors) != "torch"
+        return original(op, request.param if fixed else name, *tensors)
+
+    monkeypatch.setattr(linear, "choose", choose)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
@@ -29,7 +46,7 @@ def _seeded():
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "LEAST_ROWS", 3)
-    monkeypatch.setitem(given.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1)
 
 
 def make(tokens, d, vocab, dtype=torch.float32):
@@ -262,7 +279,7 @@ def test_memory_stays_below_one_logits_tensor():
         if event.name == "[memory]":
             alive += event.cpu_memory_usage
             peak = max(peak, alive)
-    assert peak < given.CHUNK_BYTES["cpu"] + 4 * 4 * (tokens * d + vocab * d) + (1 << 20) < tokens * vocab * 4
+    assert peak < chunks.CHUNK_BYTES["cpu"] + 4 * 4 * (tokens * d + vocab * d) + (1 << 20) < tokens * vocab * 4
 
 
 @pytest.mark.slow
@@ -274,14 +291,16 @@ def test_more_than_two_billion_weight_elements_of_logits():
     torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
 
 
-def test_opcheck():
+def test_opcheck(backend):
     hidden, weight, labels = make(6, 4, 9)
     bias = torch.randn(9, requires_grad=True)
     hidden.requires_grad_(), weight.requires_grad_()
     labels[2] = -100
-    torch.library.opcheck(torch.ops.lldfast.linear_logprob, (hidden, weight, labels, bias, 3.0, 0.5, -100, 9, 0, True, True))
+    options = (3.0, 0.5, -100, 9, 0, None, backend)
+    torch.library.opcheck(torch.ops.lldfast.linear_logprob, (hidden, weight, labels, bias, *options, True, True))
     torch.library.opcheck(
-        torch.ops.lldfast.linear_cross_entropy, (hidden, weight, labels, bias, None, 1.0, -100, None, True, True, True)
+        torch.ops.lldfast.linear_cross_entropy,
+        (hidden, weight, labels, bias, None, 1.0, -100, None, 0, None, "torch", True, True, True),
     )
 
 
@@ -299,13 +318,17 @@ def test_compile_fullgraph(reduction):
         torch.testing.assert_close(a, b)
 
 
-def test_autocast_on_a_cpu_changes_nothing():
+def test_autocast_on_a_cpu_rounds_the_factors_as_a_layer_would():
     hidden, weight, labels = make(12, 8, 30)
     weight.requires_grad_()
-    plain = linear_cross_entropy(hidden, weight, labels)
+    rounded = linear_cross_entropy(hidden, weight, labels, precision="bf16")
     with torch.autocast("cpu", torch.bfloat16):
         under = linear_cross_entropy(hidden, weight, labels)
-    assert torch.equal(plain, under) and under.dtype == torch.float32
+        asked = linear_cross_entropy(hidden, weight, labels, precision="fp32")
+    assert torch.equal(rounded, under) and under.dtype == torch.float32
+    assert torch.equal(asked, linear_cross_entropy(hidden, weight, labels))
+    want = reference(hidden.bfloat16(), weight.detach().bfloat16(), labels).logprob
+    assert abs(float(under.detach()) + float(want.mean())) < 5e-6 * 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -332,7 +355,7 @@ def test_cuda(dtype):
         ({"labels": torch.tensor([0, 5, 0])}, "label 5 of token 1"),
         ({"reduction": "median"}, "reduction='median'"),
         ({"valid_vocab": 6}, "valid_vocab=6"),
-        ({"precision": "bf16x3"}, "precision='bf16x3'"),
+        ({"precision": "fp8"}, "precision='fp8'"),
         ({"backend": "abacus"}, "abacus"),
         ({"bias": torch.zeros(3)}, "bias has shape"),
     ],
@@ -345,17 +368,17 @@ def test_bad_arguments(change, message):
 
 @pytest.mark.parametrize("ignored", [0, 5])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast_on_a_cpu_changes_no_bit(ignored, reduction):
+def test_autocast_on_a_cpu_is_the_precision_bf16(ignored, reduction):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (64, 50))
     labels = torch.randint(50, (64,), generator=generator)
     labels[:ignored] = -100
 
-    def gradients():
-        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+    def gradients(**options):
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction, **options).sum()
         return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight])]
 
-    plain = gradients()
+    plain = gradients(precision="bf16")
     with torch.autocast("cpu", torch.bfloat16):
         cast = gradients()  # the backward too, as where a trainer calls it inside
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))

@@ -7,12 +7,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lldfast.backends import extension
 from lldfast.errors import InputError
+from lldfast.ops import chunks
 from lldfast.ops import logprob as module
 from lldfast.ops.logprob import logprob, merge_vocab_shards, reference
 
 SHAPES = [(0, 7), (1, 1), (1, 2), (2, 17), (15, 63), (16, 64), (17, 65), (31, 127), (33, 129), (127, 257), (128, 507), (9, 1000)]
 EVERYTHING = {"return_lse": True, "return_argmax": True, "return_entropy": True}
+
+
+@pytest.fixture(params=["torch", "cpp"], autouse=True)
+def backend(request, monkeypatch):
+    """Every test runs on both: "auto" becomes the parameter, except for fp64 inputs, which only torch takes."""
+    if request.param == "cpp" and extension() is None:
+        pytest.skip("lldfast._C is not built")
+    original = module.choose
+
+    def choose(op, name, *tensors):
+        fixed = name == "auto" and tensors[0].device.type == "cpu" and original(op, name, *tensors) != "torch"
+        return original(op, request.param if fixed else name, *tensors)
+
+    monkeypatch.setattr(module, "choose", choose)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +78,7 @@ def test_against_cross_entropy_of_torch():
 def test_chunks_give_what_one_chunk_gives(monkeypatch):
     logits, labels = torch.randn(100, 50), torch.randint(50, (100,))
     whole = logprob(logits, labels, **EVERYTHING)
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 50 * 4 * 7)
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 50 * 4 * 7)
     for a, b in zip(whole, logprob(logits, labels, **EVERYTHING), strict=True):
         assert torch.equal(a, b)
 
@@ -212,10 +229,11 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_opcheck():
+def test_opcheck(backend):
     logits, bias = torch.randn(5, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     labels = torch.tensor([1, 2, -100, 7, 0])
-    torch.library.opcheck(torch.ops.lldfast.logprob, (logits, labels, bias, 3.0, 0.5, -100, 8, 0, True, True))
+    options = (3.0, 0.5, -100, 8, 0, backend)
+    torch.library.opcheck(torch.ops.lldfast.logprob, (logits, labels, bias, *options, True, True))
 
 
 def test_compile_fullgraph():

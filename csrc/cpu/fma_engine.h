@@ -45,7 +45,7 @@ struct FmaEngine {
 
   static constexpr int64_t kChunkRows = 256;          // vocabulary rows that the backward keeps dz of
   static constexpr int64_t kGroupBytes = 1536 << 10;   // packed tokens that stay in the second cache
-  static constexpr int64_t kSlab = 128;               // steps of K whose part of B stays in the first cache
+  static constexpr int64_t kSlab = 96;               // steps of K whose part of B stays in the first cache
   static constexpr int64_t kStep = 1;
 
   // How often multiply() advances its prefetcher.
@@ -119,7 +119,7 @@ struct FmaEngine {
       const Part a = panel(k, count);
       for (int64_t j = 0; j < n; ++j) {
         const float* block = reinterpret_cast<const float*>(b + j * b_stride) + k * kBlock;
-        multiply_block(a, count, block, c + j * c_stride, accumulate || s > 0);
+        multiply_block(a, count, block, c + j * c_stride, accumulate || s > 0, b_stride / 4);
         if constexpr (!Epilogue::kNone) {
           if (s + 1 == slabs) {
             epilogue->begin(j);
@@ -187,18 +187,19 @@ struct FmaEngine {
   static constexpr int kRows = 4;
 #endif
 
-  static void multiply_block(const Part& a, int64_t steps, const float* b, float* c, bool accumulate) {
+  static void multiply_block(const Part& a, int64_t steps, const float* b, float* c, bool accumulate, int64_t ahead) {
     for (int lane = 0; lane < kBlock; lane += 2 * kWidth) {
       int row = 0;
-      for (; row + kRows <= kPanel; row += kRows) multiply_rows<kRows>(a, row, steps, b + lane, c + lane, accumulate);
+      for (; row + kRows <= kPanel; row += kRows) multiply_rows<kRows>(a, row, steps, b + lane, c + lane, accumulate, ahead);
       constexpr int kRest = kPanel % kRows;
-      if constexpr (kRest > 0) multiply_rows<kRest>(a, row, steps, b + lane, c + lane, accumulate);
+      if constexpr (kRest > 0) multiply_rows<kRest>(a, row, steps, b + lane, c + lane, accumulate, ahead);
     }
   }
 
   // kN rows by two vectors, held in registers over all steps.
   template <int kN>
-  static inline void multiply_rows(const Part& a, int row, int64_t steps, const float* b, float* c, bool accumulate) {
+  static inline void multiply_rows(const Part& a, int row, int64_t steps, const float* b, float* c, bool accumulate,
+                                   int64_t ahead) {
     F sum[kN][2];
     for (int r = 0; r < kN; ++r) {
       for (int i = 0; i < 2; ++i) sum[r][i] = accumulate ? load(c + (row + r) * kBlock + i * kWidth) : splat(0.0f);
@@ -208,6 +209,10 @@ struct FmaEngine {
     for (int q = 0; q < (kN + 3) / 4; ++q) from[q] = a.data + (row + 4 * q) * a.row_stride;
     const int64_t stride = a.row_stride, k_stride = a.k_stride;
     for (int64_t k = 0; k < steps; ++k, b += kBlock) {
+      if (row == 0) {  // on the first pass over this block, fetch the next one
+        __builtin_prefetch(b + ahead);
+        if (kWidth == 16) __builtin_prefetch(b + ahead + kWidth);
+      }
       const F b0 = load(b), b1 = load(b + kWidth);
       for (int r = 0; r < kN; ++r) {
         const F x = splat(from[r / 4][r % 4 * stride]);

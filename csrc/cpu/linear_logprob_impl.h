@@ -177,7 +177,7 @@ struct Backward {
         dh(static_cast<size_t>(need_dh ? blocks * columns * kTile * 4 : 0)),
         panels(static_cast<size_t>(kPanels * engine.panel_bytes())),
         transposed(static_cast<size_t>(need_dh ? engine.transposed_bytes() : 0)),
-        dw(static_cast<size_t>(need_dw ? kPanels * columns * kTile * 4 : 0)),
+        dw(static_cast<size_t>(need_dw ? (chunk_blocks == blocks ? threads : kPanels) * columns * kTile * 4 : 0)),
         by_row(static_cast<size_t>(Engine::by_row_bytes(chunk_blocks))),
         by_block(static_cast<size_t>(Engine::by_block_bytes(chunk_blocks))),
         lanes(static_cast<size_t>(blocks * kBlock) * 5 * 4),
@@ -260,17 +260,18 @@ struct Backward {
             reinterpret_cast<decltype(Engine::Gradient::by_block)>(by_block.bytes()), chunk_blocks * kBlock};
         over_tokens(thread, reinterpret_cast<float*>(own), gradient, v, rows, first, n);
         barrier.wait();
-        if (need_dw) {
-          for (int64_t p = thread; p < n_panels; p += threads) {
+        const bool last = first + n == blocks;
+        for (int64_t p = thread; p < n_panels; p += threads) {
+          // Sums that another chunk of tokens goes on with need a place for each panel.
+          float* sums = dw.floats() + (chunk_blocks == blocks ? thread : p) * columns * kTile;
+          if (need_dw) {
             Engine::multiply(Engine::gradient_panel(gradient, p * kPanel), steps(n), Engine::columns_at(column_blocks.bytes(), first),
-                             engine.columns_stride(blocks), columns, dw.floats() + p * columns * kTile, kTile, first > 0,
-                             static_cast<NoEpilogue*>(nullptr), Prefetcher());
+                             engine.columns_stride(blocks), columns, sums, kTile, first > 0, static_cast<NoEpilogue*>(nullptr),
+                             Prefetcher());
           }
+          if (last) next_label = finish_rows(sums, reinterpret_cast<float*>(own), v, p * kPanel, next_label);
         }
-        if (first + n == blocks) {
-          next_label = finish_rows(thread, reinterpret_cast<float*>(own), v, rows, next_label);
-          if (v + kChunkRows < args.vocab) pack_chunk(v + kChunkRows, thread);
-        }
+        if (last && v + kChunkRows < args.vocab) pack_chunk(v + kChunkRows, thread);
         barrier.wait();
       }
     }
@@ -322,35 +323,35 @@ struct Backward {
     }
   }
 
-  // Rows of dW and dbias: add the labels' own terms, in the order of tokens, and write. Returns where the next chunk's labels are.
-  int64_t finish_rows(int thread, float* row, int64_t v, int64_t rows, int64_t next_label) {
+  // A panel's rows of dW and dbias: add the labels' own terms, in the order of tokens, and write. `label_at` is a place in the
+  // order of labels at or before this panel's; returns the place behind them.
+  int64_t finish_rows(const float* sums, float* row, int64_t v, int64_t chunk_row, int64_t label_at) {
     const int64_t* order = reinterpret_cast<const int64_t*>(label_order.bytes());
     float* h = row + engine.padded;
-    while (next_label < args.tokens && order[next_label] >> 32 < v) ++next_label;
-    for (int64_t r = 0; r < rows; ++r) {
-      int64_t stop = next_label;
-      while (stop < args.tokens && order[stop] >> 32 == v + r) ++stop;
-      if (r / kPanel % threads == thread) {
-        if (need_dw) {
-          const float* from = dw.floats() + r / kPanel * columns * kTile + r % kPanel * kBlock;
-          for (int64_t j = 0; j < columns; ++j) std::memcpy(row + j * kBlock, from + j * kTile, kBlock * 4);
-          for (int64_t i = next_label; i < stop; ++i) {
-            const int64_t t = order[i] & 0xffffffff;
-            read_floats(h, args.hidden.row(token_row(args, t)), args.hidden.dtype, args.width);
-            for (int64_t k = 0; k < args.width; ++k) row[k] += label_grad[t] * h[k];
-          }
-          write_floats(grad.dw.row(v + r), grad.dw.dtype, row, args.width);
+    const int64_t first = v + chunk_row, end = at_most(first + kPanel, args.vocab);
+    while (label_at < args.tokens && order[label_at] >> 32 < first) ++label_at;
+    for (int64_t r = first; r < end; ++r) {
+      int64_t stop = label_at;
+      while (stop < args.tokens && order[stop] >> 32 == r) ++stop;
+      if (need_dw) {
+        const float* from = sums + (r - first) * kBlock;
+        for (int64_t j = 0; j < columns; ++j) std::memcpy(row + j * kBlock, from + j * kTile, kBlock * 4);
+        for (int64_t i = label_at; i < stop; ++i) {
+          const int64_t t = order[i] & 0xffffffff;
+          read_floats(h, args.hidden.row(token_row(args, t)), args.hidden.dtype, args.width);
+          for (int64_t k = 0; k < args.width; ++k) row[k] += label_grad[t] * h[k];
         }
-        if (grad.dbias != nullptr) {
-          double sum = 0.0;
-          for (int64_t b = 0; b < blocks; ++b) sum += bias_part.floats()[b * kChunkRows + r];
-          for (int64_t i = next_label; i < stop; ++i) sum += label_grad[order[i] & 0xffffffff];
-          grad.dbias[v + r] = static_cast<float>(sum);
-        }
+        write_floats(grad.dw.row(r), grad.dw.dtype, row, args.width);
       }
-      next_label = stop;
+      if (grad.dbias != nullptr) {
+        double sum = 0.0;
+        for (int64_t b = 0; b < blocks; ++b) sum += bias_part.floats()[b * kChunkRows + r - v];
+        for (int64_t i = label_at; i < stop; ++i) sum += label_grad[order[i] & 0xffffffff];
+        grad.dbias[r] = static_cast<float>(sum);
+      }
+      label_at = stop;
     }
-    return next_label;
+    return label_at;
   }
 
   void finish_hidden(int thread, float* row) {

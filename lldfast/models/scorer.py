@@ -37,7 +37,7 @@ from lldfast.errors import InputError
 from lldfast.models import gguf
 from lldfast.models.gguf import file_hash, require
 from lldfast.models.gpt import DTYPES, GPT, read_gpt_json
-from lldfast.ops.logprob import transform_
+from lldfast.ops.chunks import transform_
 
 BOS_MODES = ("auto", "native", "none")
 # Names of the context length in Hugging Face configurations.

@@ -1,8 +1,7 @@
 """Token log-likelihoods and the training loss from hidden states and the head: no [T, V] tensor of logits is ever alive.
 
-`z = softcap(logit_scale * (H W^T + bias))`, `logprob_t = z_t[y_t] - logsumexp(z_t)` (eq. (1)), in row chunks of a fixed byte
-budget. z is accumulated in fp32 and z_y is read from the same tile as the lse. Cross entropy computes its gradient in the same
-sweep as the loss: dH = (softmax(z) - 1_y) W and dW = (softmax(z) - 1_y)^T H, three matrix products, as many as plain autograd.
+`z = softcap(logit_scale * (H W^T + bias))`, `logprob_t = z_t[y_t] - logsumexp(z_t)` (eq. (1)). z is summed in fp32, and z_y is
+read from the same tile as the lse. Backends: C++ on a CPU (csrc/cpu/linear_logprob.h), Triton on a GPU, and torch anywhere.
 """
 
 from typing import Any, Literal, NamedTuple, overload
@@ -10,28 +9,13 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from lldfast.backends import resolve
 from lldfast.errors import InputError
 from lldfast.ops import logprob as given
-from lldfast.ops.logprob import (
-    LogprobResult,
-    Outputs,
-    accumulate_dtype,
-    add_at_labels_,
-    check_bias,
-    check_inputs,
-    is_shard,
-    kept_rows,
-    local_vocab,
-    logit_grad_,
-    row_chunks,
-    shape_result,
-    softmax_stats_,
-    transform_,
-)
-
-# Fewer rows than this and a chunk's matrix product is bound by reading W.
-LEAST_ROWS = 256
+from lldfast.ops import native, torch_linear
+from lldfast.ops.chunks import Outputs, accumulate_dtype, is_shard, kept_rows, local_vocab
+from lldfast.ops.dispatch import check_precision, choose
+from lldfast.ops.logprob import LogprobResult, check_bias, check_inputs, shape_result
+from lldfast.ops.torch_linear import Grads, Head
 
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> LogprobResult:
@@ -43,166 +27,142 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) ->
     return given.reference(logits, labels, bias=None if bias is None else bias[:vocab], **options)
 
 
-class Head:
-    """The head's real rows, ready for matrix products, and a logits buffer that every chunk reuses (fresh pages are slow)."""
+class Options(NamedTuple):
+    """The arguments of the custom ops behind hidden, weight, labels and bias."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int) -> None:
-        self.dtype = accumulate_dtype(hidden, weight)
-        # CUDA multiplies 16-bit inputs into fp32 logits; the CPU would round the logits to 16 bits, so it gets fp32 inputs.
-        self.wide = hidden.device.type == "cuda" and hidden.dtype == weight.dtype and hidden.dtype.itemsize == 2
-        self.weight = weight[:vocab] if self.wide else weight[:vocab].to(self.dtype)
-        self.bias = None if bias is None else bias[:vocab].to(self.dtype)
-        self.buffer: Tensor | None = None
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    valid_vocab: int | None
+    vocab_start: int
+    precision: str | None
+    backend: str
 
-    def rows(self, hidden: Tensor, rows: slice | Tensor) -> Tensor:
-        h = hidden[rows]
-        return h if self.wide else h.to(self.dtype)
+    def vocab(self, weight: Tensor) -> int:
+        return local_vocab(weight.shape[0], self.valid_vocab, self.vocab_start)
 
-    def logits(self, h: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-        """[R, V] in the buffer, which the caller may overwrite."""
-        if self.buffer is None or len(self.buffer) < len(h):
-            self.buffer = h.new_empty((len(h), len(self.weight)), dtype=self.dtype)
-        z = self.buffer[: len(h)]
-        if self.wide:
-            torch.mm(h, self.weight.T, out_dtype=self.dtype, out=z)
-        else:
-            torch.mm(h, self.weight.T, out=z)
-        return transform_(z, self.bias, softcap, logit_scale)
+    def shard(self, weight: Tensor) -> bool:
+        return is_shard(weight.shape[0], self.valid_vocab, self.vocab_start)
 
-    def add_grads(self, dz: Tensor, h: Tensor, grads: "Grads", rows: slice | Tensor) -> None:
-        """dH[rows] = dz W, dW += dz^T h, dbias += sum dz; in fp32: a 16-bit dz would cost gradient accuracy for little time."""
-        vocab = len(self.weight)
-        if grads.hidden.numel() and isinstance(rows, slice):
-            torch.mm(dz, self.weight.to(self.dtype), out=grads.hidden[rows])
-        elif grads.hidden.numel():
-            # out= as above: a plain product would be cast to 16 bits under autocast
-            grads.hidden[rows] = torch.mm(dz, self.weight.to(self.dtype), out=dz.new_empty(len(dz), self.weight.shape[1]))
-        if grads.weight.numel():
-            grads.weight[:vocab].addmm_(dz.T, h.to(self.dtype))
-        if grads.bias.numel():
-            grads.bias[:vocab] += dz.sum(0)
-
-
-class Grads(NamedTuple):
-    """fp32 gradients [T, d], [V, d], [V], zero at first; of size 0 where not needed."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    @classmethod
-    def zeros(
-        cls, hidden: Tensor, weight: Tensor, dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool
-    ) -> "Grads":
-        return cls(
-            hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype),
-            hidden.new_zeros(weight.shape if need_weight else (0,), dtype=dtype),
-            hidden.new_zeros(weight.shape[0] if need_bias else 0, dtype=dtype),
+    def kept(self, weight: Tensor, labels: Tensor) -> Tensor | None:
+        return kept_rows(
+            labels, self.ignore_index, self.vocab_start + weight.shape[0] if self.valid_vocab is None else self.valid_vocab
         )
 
+    def triton(self, vocab: int, bias: Tensor | None) -> dict[str, Any]:
+        return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "vocab": vocab}
 
-@torch.library.custom_op("lldfast::linear_logprob", mutates_args=())
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    vocab_start: int,
-    argmax: bool,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, vocab = hidden.shape[0], local_vocab(weight.shape[0], valid_vocab, vocab_start)
-    head = Head(hidden, weight, bias, vocab)
-    shard = is_shard(weight.shape[0], valid_vocab, vocab_start)
-    out = Outputs.zeros(hidden, tokens, head.dtype, argmax, entropy)
-    kept = kept_rows(labels, ignore_index, vocab_start + weight.shape[0] if valid_vocab is None else valid_vocab)
-    for chunk in row_chunks(tokens if kept is None else len(kept), vocab, head.dtype, hidden.device, LEAST_ROWS):
-        rows = chunk if kept is None else kept[chunk]
-        if vocab == 0:
-            out.put_empty_shard(rows)
-            continue
-        z = head.logits(head.rows(hidden, rows), softcap, logit_scale)
-        out.put(rows, softmax_stats_(z, labels[rows].long() - vocab_start, shard, argmax, entropy), vocab_start)
-    return tuple(out)  # type: ignore[return-value]
+    def factors(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What Triton multiplies: both in one dtype."""
+        if self.precision == "bf16":
+            return hidden.bfloat16(), weight.bfloat16()
+        same = hidden.dtype == weight.dtype
+        return (hidden, weight) if same else (hidden.float(), weight.float())
+
+
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float? softcap, float logit_scale, int ignore_index, "
+    "int? valid_vocab, int vocab_start, str? precision, str backend"
+)
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
+
+
+@torch.library.custom_op(
+    "lldfast::linear_logprob",
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool argmax, bool entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    o, (argmax, entropy) = Options(*rest[:-2]), rest[-2:]
+    out = Outputs.zeros(hidden, len(hidden), accumulate_dtype(hidden, weight), argmax, entropy)
+    kept, vocab = o.kept(weight, labels), o.vocab(weight)
+    every: slice | Tensor = slice(None) if kept is None else kept
+    if len(hidden) == 0 or (kept is not None and len(kept) == 0):
+        return tuple(out)
+    if vocab == 0:
+        out.put_empty_shard(every)
+        return tuple(out)
+    y = labels.long() - o.vocab_start
+    if o.backend == "cpp":
+        native.linear_logprob_fwd(hidden, weight, y, kept, vocab, bias, o.softcap, o.logit_scale, o.precision, out)
+        if argmax and o.vocab_start:
+            out.argmax[every] += o.vocab_start
+    elif o.backend == "triton":
+        from lldfast_kernels.linear_logprob import linear_logprob_fwd
+
+        h, w = o.factors(hidden[every], weight)
+        out.put(every, linear_logprob_fwd(h, w, y[every], **o.triton(vocab, bias), argmax=argmax, entropy=entropy), o.vocab_start)
+    else:
+        head = Head(hidden, weight, bias, vocab, o.precision)
+        torch_linear.forward(head, hidden, y, kept, o.shard(weight), o.softcap, o.logit_scale, o.vocab_start, out)
+    return tuple(out)
 
 
 @_forward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    vocab_start: int,
-    argmax: bool,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out = Outputs.zeros(hidden, hidden.shape[0], accumulate_dtype(hidden, weight), argmax, entropy)
-    return tuple(out)  # type: ignore[return-value]
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(Outputs.zeros(hidden, hidden.shape[0], accumulate_dtype(hidden, weight), *rest[-2:]))
 
 
-@torch.library.custom_op("lldfast::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op(
+    "lldfast::linear_logprob_backward",
+    mutates_args=(),
+    schema=f"(Tensor g, Tensor h, Tensor lse, {_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+)
 def _backward(
-    g: Tensor,
-    h: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    vocab_start: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    g: Tensor, h: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    o, needs = Options(*rest[:-3]), rest[-3:]
+    vocab, kept = o.vocab(weight), (labels != o.ignore_index).nonzero()[:, 0]
+    y = labels.long() - o.vocab_start
+    if len(kept) == 0 or vocab == 0:
+        return _empty_grads(torch.zeros_like, hidden, weight, bias, needs)
+    if o.backend == "cpp":
+        rows = None if len(kept) == len(labels) else kept
+        # The kernel writes every row that has a value; the others are 0.
+        make_h = torch.empty_like if rows is None else torch.zeros_like
+        make_w = torch.empty_like if vocab == len(weight) else torch.zeros_like
+        dh = make_h(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
+        dw = make_w(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
+        db = hidden.new_zeros(len(weight) if needs[2] else 0, dtype=torch.float32)
+        native.linear_logprob_bwd(
+            hidden, weight, y, rows, vocab, bias, o.softcap, o.logit_scale, o.precision, lse.contiguous(), g.contiguous(),
+            h.contiguous(), dh, dw, db,
+        )  # fmt: skip
+    elif o.backend == "triton":
+        from lldfast_kernels.linear_logprob import linear_logprob_bwd
+
+        x, w = o.factors(hidden[kept], weight)
+        part, dw, db = linear_logprob_bwd(
+            g[kept], h[kept], x, w, y[kept], lse[kept], **o.triton(vocab, bias),
+            need_hidden=needs[0], need_weight=needs[1], need_bias=needs[2],
+        )  # fmt: skip
+        dh = part
+        if needs[0]:
+            dh = torch.zeros_like(hidden)
+            dh[kept] = part.to(hidden.dtype)
+    else:
+        head = Head(hidden, weight, bias, vocab, o.precision)
+        grads = Grads.zeros(hidden, weight, head.dtype, *needs)
+        torch_linear.backward(head, g, h, lse, hidden, y, kept, o.shard(weight), o.softcap, o.logit_scale, grads)
+        dh, dw, db = grads
+    return dh.to(hidden.dtype), dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
+
+
+def _empty_grads(
+    make: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vocab = local_vocab(weight.shape[0], valid_vocab, vocab_start)
-    head = Head(hidden, weight, bias, vocab)
-    shard = is_shard(weight.shape[0], valid_vocab, vocab_start)
-    grads = Grads.zeros(hidden, weight, head.dtype, need_hidden, need_weight, need_bias)
-    kept = (labels != ignore_index).nonzero()[:, 0]
-    for chunk in row_chunks(len(kept), vocab, head.dtype, hidden.device, LEAST_ROWS):
-        rows = kept[chunk]
-        if vocab == 0:
-            continue
-        h_rows = head.rows(hidden, rows)
-        z = head.logits(h_rows, softcap, logit_scale)
-        y = labels[rows].long() - vocab_start
-        dz = logit_grad_(z, y, shard, lse[rows], g[rows], h[rows], softcap, logit_scale)
-        head.add_grads(dz, h_rows, grads, rows)
-    return tuple(grads)  # type: ignore[return-value]
+    return (
+        make(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0),
+        make(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0),
+        hidden.new_empty(0, dtype=torch.float32) if bias is None else make(bias) if needs[2] else bias.new_empty(0),
+    )
 
 
 @_backward.register_fake
 def _(
-    g: Tensor,
-    h: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    vocab_start: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulate_dtype(hidden, weight)
-    return tuple(Grads.zeros(hidden, weight, dtype, need_hidden, need_weight, need_bias))  # type: ignore[return-value]
+    g: Tensor, h: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _empty_grads(torch.empty_like, hidden, weight, bias, rest[-3:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -216,80 +176,52 @@ def _autograd(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -
     g = torch.zeros_like(lse) if g is None else g
     h = torch.zeros_like(lse) if h is None else h
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    softcap, logit_scale, ignore_index, valid_vocab, vocab_start = ctx.options[:5]
-    dh, dw, db = _backward(
-        g, h, hidden, weight, labels, lse, bias, softcap, logit_scale, ignore_index, valid_vocab, vocab_start,
-        need_hidden, need_weight, need_bias,
-    )  # fmt: skip
-    return (
-        dh.to(hidden.dtype) if need_hidden else None,
-        dw.to(weight.dtype) if need_weight else None,
-        None,
-        db.to(bias.dtype) if need_bias else None,
-        *[None] * 7,
-    )
+    dh, dw, db = _backward(g, h, lse, hidden, weight, labels, bias, *ctx.options[:-2], need_hidden, need_weight, need_bias)
+    return (dh if need_hidden else None, dw if need_weight else None, None, db if need_bias else None, *[None] * 9)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@torch.library.custom_op("lldfast::linear_cross_entropy", mutates_args=())
-def _cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Summed loss, number of scored tokens, logprob per token, and the gradients of the sum."""
-    tokens, vocab = hidden.shape[0], local_vocab(weight.shape[0], valid_vocab, 0)
-    head = Head(hidden, weight, bias, vocab)
-    grads = Grads.zeros(hidden, weight, head.dtype, need_hidden, need_weight, need_bias)
-    kept = kept_rows(labels, ignore_index, weight.shape[0] if valid_vocab is None else valid_vocab)
-    scored = tokens if kept is None else len(kept)
-    logprobs = hidden.new_zeros(tokens, dtype=head.dtype)
-    minus_one = hidden.new_full((), -1.0, dtype=head.dtype)
-    needed = need_hidden or need_weight or need_bias
-    for chunk in row_chunks(scored, vocab, head.dtype, hidden.device, LEAST_ROWS):
-        rows = chunk if kept is None else kept[chunk]
-        y, h = labels[rows].long(), head.rows(hidden, rows)
-        z = head.logits(h, softcap, logit_scale)
-        slope = 1 - (z / softcap).square_() if softcap is not None and needed else None
-        logprobs[rows], *_, dz = softmax_stats_(z, y, shard=False)
-        if needed:
-            add_at_labels_(dz, y, False, minus_one.expand(len(y)))
-            if slope is not None:
-                dz.mul_(slope)
-            if logit_scale != 1.0:
-                dz.mul_(logit_scale)
-            head.add_grads(dz, h, grads, rows)
+@torch.library.custom_op(
+    "lldfast::linear_cross_entropy",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """Summed loss, number of scored tokens, logprob per token, and the gradients of the sum.
+
+    For backends that hold a chunk's logits and so get its gradient for two products more. The C++ kernels never hold them.
+    """
+    o, needs = Options(*rest[:-3]), rest[-3:]
+    vocab = o.vocab(weight)
+    head = Head(hidden, weight, bias, vocab, o.precision)
+    grads = Grads.zeros(hidden, weight, head.dtype, *needs)
+    kept = o.kept(weight, labels)
+    logprobs = hidden.new_zeros(len(hidden), dtype=head.dtype)
+    run = torch_linear.loss_and_grad(head, o.softcap, o.logit_scale, any(needs))
+    if o.backend == "triton":
+        from lldfast_kernels.logprob import logprob_bwd, logprob_fwd
+
+        options = o.triton(vocab, head.bias)
+
+        def run(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            logprob, lse, *_ = logprob_fwd(z, y, **options)
+            if any(needs):
+                logprob_bwd(torch.full_like(lse, -1.0), torch.zeros_like(lse), z, y, lse, **options, out=z)
+            return logprob, z
+
+    torch_linear.cross_entropy(head, hidden, labels.long(), kept, run, grads, logprobs)
     total = -logprobs.sum(dtype=torch.float64)
+    scored = len(hidden) if kept is None else len(kept)
     return total.to(head.dtype), total.new_full((), scored, dtype=head.dtype), logprobs, *grads
 
 
 @_cross_entropy.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     dtype = accumulate_dtype(hidden, weight)
     loss, scored, logprobs = (hidden.new_empty(shape, dtype=dtype) for shape in ((), (), (hidden.shape[0],)))
-    return loss, scored, logprobs, *Grads.zeros(hidden, weight, dtype, need_hidden, need_weight, need_bias)
+    return loss, scored, logprobs, *Grads.zeros(hidden, weight, dtype, *rest[-3:])
 
 
 @torch.library.custom_op("lldfast::linear_cross_entropy_backward", mutates_args=())
@@ -321,7 +253,7 @@ def _cross_entropy_autograd(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Ten
     hidden, weight, bias, *sums = ctx.saved_tensors
     dh, dw, db = _scale(g, hidden, weight, bias, *sums)
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    return (dh if need_hidden else None, dw if need_weight else None, None, db if need_bias else None, *[None] * 7)
+    return (dh if need_hidden else None, dw if need_weight else None, None, db if need_bias else None, *[None] * 10)
 
 
 _cross_entropy.register_autograd(_cross_entropy_autograd, setup_context=_cross_entropy_setup)
@@ -336,18 +268,24 @@ def _prepare(
     valid_vocab: int | None,
     vocab_start: int,
     precision: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked inputs, hidden flattened to [T, d] and labels to [T]."""
+) -> tuple[Tensor, Tensor, Tensor, str | None]:
+    """Checked inputs, hidden flattened to [T, d] and labels to [T], and the precision."""
     inputs = {"hidden": hidden, "weight": weight, "bias": bias}
-    check_inputs(inputs, labels, hidden.shape[:-1], softcap, valid_vocab, vocab_start, precision)
+    check_inputs(inputs, labels, hidden.shape[:-1], softcap, valid_vocab, vocab_start)
+    check_precision(precision)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise InputError(f"weight has shape {tuple(weight.shape)}, but hidden has width {hidden.shape[-1]}: it must be [V, d]")
     check_bias(bias, weight.shape[0])
-    if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        # As a linear layer would. On a CPU autocast changes nothing: no 16-bit product there has an fp32 result.
-        dtype = torch.get_autocast_dtype("cuda")
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() != 2 else hidden, weight, labels.reshape(-1)
+    device = hidden.device.type
+    if precision is None and device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        # What a linear layer would multiply here; its sums stay in fp32.
+        dtype = torch.get_autocast_dtype(device)
+        if dtype == torch.bfloat16:
+            precision = "bf16"
+        else:
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+    flat = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() != 2 else hidden
+    return flat, weight, labels.reshape(-1), precision
 
 
 def linear_logprob(
@@ -369,13 +307,19 @@ def linear_logprob(
 ) -> LogprobResult:
     """Log-likelihood of `labels` [...] in nats per token, from hidden states [..., d] and a head weight [V, d].
 
-    Options, vocabulary shards and errors as in `logprob`; rows of the weight (and bias) behind `valid_vocab` are never read.
-    Differentiable in logprob and lse by hidden, weight and bias; the backward computes the logits again, chunk by chunk.
-    16-bit inputs are taken as they are, multiplied and accumulated in fp32 (on a CPU that costs an fp32 copy of the weight).
+    Options, vocabulary shards and errors as in `logprob`; rows of the weight (and bias) behind `valid_vocab` do not matter.
+    Differentiable in logprob and lse by hidden, weight and bias; the backward computes the logits again.
+
+    Args:
+        precision: how H W^T is multiplied; sums are in fp32 always. None: inputs as they are, exactly (under autocast: as a
+            linear layer would). "bf16": inputs rounded to bf16. "bf16x3": inputs in two bf16 terms each, which keeps 16 bits of
+            them (error under 1e-4 nats) at several times the speed of fp32 where a CPU has AMX; elsewhere it is computed in fp32.
+        backend: "auto", "cpp", "triton" or "torch" (`lldfast.backends()` says what runs here).
     """
-    x, w, y = _prepare(hidden, weight, labels, bias, softcap, valid_vocab, vocab_start, precision)
-    resolve("linear_logprob", backend, hidden.device.type)
-    out = _forward(x, w, y, bias, softcap, logit_scale, ignore_index, valid_vocab, vocab_start, return_argmax, return_entropy)
+    x, w, y, precision = _prepare(hidden, weight, labels, bias, softcap, valid_vocab, vocab_start, precision)
+    backend = choose("linear_logprob", backend, hidden, weight)
+    options = Options(softcap, logit_scale, ignore_index, valid_vocab, vocab_start, precision, backend)
+    out = _forward(x, w, y, bias, *options, return_argmax, return_entropy)
     return shape_result(out, labels.shape, return_lse, return_argmax, return_entropy)
 
 
@@ -404,27 +348,32 @@ def linear_cross_entropy(  # type: ignore[misc]
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Training loss -logprob in nats: fp32 scalar for reduction "mean" (over scored tokens; 0 if there are none) and "sum".
 
-    "none" gives the loss per token, in the labels' shape and 0 at ignored ones; its backward computes the logits a second time,
-    since nothing is known of the upstream gradient. Who only wants to look at the tokens' losses takes `return_logprob=True`:
-    (loss, logprob), logprob [...] detached, at no cost. For tensor-parallel heads use `linear_logprob` with vocab_start and
-    `merge_vocab_shards`, which are differentiable.
+    "none" gives the loss per token, in the labels' shape and 0 at ignored ones. Who only wants to look at the tokens' losses
+    takes `return_logprob=True`: (loss, logprob), logprob [...] detached, at no cost. Gradients are summed in fp32 and rounded
+    once, to the inputs' dtypes; where bf16 is multiplied, softmax(z) is rounded to bf16 and the label's own term is not. For
+    tensor-parallel heads use `linear_logprob` with vocab_start and `merge_vocab_shards`, which are differentiable.
 
     Raises:
         InputError: as `linear_logprob`, or an unknown reduction.
     """
     if reduction not in ("mean", "sum", "none"):
         raise InputError(f"reduction={reduction!r} is not 'mean', 'sum' or 'none'")
-    x, w, y = _prepare(hidden, weight, labels, bias, softcap, valid_vocab, 0, precision)
+    x, w, y, precision = _prepare(hidden, weight, labels, bias, softcap, valid_vocab, 0, precision)
     if valid_vocab is not None and valid_vocab > weight.shape[0]:
         raise InputError(f"valid_vocab={valid_vocab} is more than the {weight.shape[0]} rows of weight")
-    resolve("linear_logprob", backend, hidden.device.type)
-    if reduction == "none":
-        each = _forward(x, w, y, bias, softcap, logit_scale, ignore_index, valid_vocab, 0, False, False)[0].reshape(labels.shape)
-        return (-each, each.detach()) if return_logprob else -each
+    backend = choose("linear_logprob", backend, hidden, weight)
+    options = Options(softcap, logit_scale, ignore_index, valid_vocab, 0, precision, backend)
     on = torch.is_grad_enabled()
-    need_bias = bias is not None and on and bias.requires_grad
-    loss, scored, each, *_ = _cross_entropy(
-        x, w, y, bias, softcap, logit_scale, ignore_index, valid_vocab, on and x.requires_grad, on and w.requires_grad, need_bias
-    )
-    loss = loss if reduction == "sum" else loss / scored.clamp(min=1)
-    return (loss, each.reshape(labels.shape)) if return_logprob else loss
+    needs = (on and x.requires_grad, on and w.requires_grad, bias is not None and on and bias.requires_grad)
+    if reduction == "none" or backend == "cpp":
+        each = _forward(x, w, y, bias, *options, False, False)[0]
+        if reduction == "none":
+            loss = -each.reshape(labels.shape)
+        else:
+            loss = -each.sum(dtype=torch.float64)
+            scored = (y != ignore_index).sum().clamp(min=1)
+            loss = (loss if reduction == "sum" else loss / scored).to(each.dtype)
+    else:
+        loss, scored, each, *_ = _cross_entropy(x, w, y, bias, *options, *needs)
+        loss = loss if reduction == "sum" else loss / scored.clamp(min=1)
+    return (loss, each.detach().reshape(labels.shape)) if return_logprob else loss

@@ -2,23 +2,31 @@
 
 The logits that are scored are `z = softcap(logit_scale * (logits + bias))` with `softcap(a) = c tanh(a / c)`, cut to the first
 `valid_vocab` ids of the vocabulary. `reference()` is the fp64 truth; `logprob()` works through row chunks in fp32 (fp64 for fp64
-input), so that no second [T, V] tensor is alive, and has a backward for logits and bias.
-
-The chunk functions here (`transform_`, `softmax_stats_`, `logit_grad_`) serve ops/linear_logprob.py too: both ops score alike.
+input), so that no second [T, V] tensor is alive, and has a backward for logits and bias. Backends: C++ (csrc/cpu/logprob.h),
+Triton, CUDA C++ (csrc/cuda/logprob.h) and torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lldfast.backends import resolve
 from lldfast.errors import InputError
-
-# A chunk of logits should stay in the CPU's last cache between the passes over it; on a GPU it should fill the device instead.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
-NEG_INF = float("-inf")
+from lldfast.ops import native
+from lldfast.ops.chunks import (
+    NEG_INF,
+    Outputs,
+    accumulate_dtype,
+    is_shard,
+    kept_rows,
+    local_vocab,
+    logit_grad_,
+    row_chunks,
+    softmax_stats_,
+    transform_,
+)
+from lldfast.ops.dispatch import check_precision, choose
 
 
 class LogprobResult(NamedTuple):
@@ -82,7 +90,6 @@ def check_inputs(
     softcap: float | None,
     valid_vocab: int | None,
     vocab_start: int,
-    precision: str | None,
 ) -> None:
     """Refuse what cannot be scored, with a message that names the argument. `rows` is the shape that labels must have."""
     for name, tensor in [*inputs.items(), ("labels", labels)]:
@@ -102,8 +109,6 @@ def check_inputs(
         raise InputError(f"softcap must be positive, not {softcap}")
     if vocab_start < 0 or (valid_vocab is not None and valid_vocab < 1):
         raise InputError(f"vocab_start must be >= 0 and valid_vocab >= 1, not {vocab_start} and {valid_vocab}")
-    if precision not in (None, "fp32"):
-        raise InputError(f"precision={precision!r}: the torch backend only accumulates in fp32 (None or 'fp32')")
 
 
 def check_bias(bias: Tensor | None, vocab: int) -> None:
@@ -111,234 +116,128 @@ def check_bias(bias: Tensor | None, vocab: int) -> None:
         raise InputError(f"bias has shape {tuple(bias.shape)}, the vocabulary dimension has {vocab}")
 
 
-def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp32, or fp64 when an input is fp64 (gradient checks)."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+class Options(NamedTuple):
+    """The arguments of the custom ops behind logits, labels and bias."""
+
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    valid_vocab: int | None
+    vocab_start: int
+    backend: str
+
+    def vocab(self, logits: Tensor) -> int:
+        return local_vocab(logits.shape[1], self.valid_vocab, self.vocab_start)
+
+    def shard(self, logits: Tensor) -> bool:
+        return is_shard(logits.shape[1], self.valid_vocab, self.vocab_start)
+
+    def triton(self, vocab: int, bias: Tensor | None) -> dict[str, Any]:
+        return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "vocab": vocab}
 
 
-def local_vocab(rows: int, valid_vocab: int | None, vocab_start: int) -> int:
-    """How many of this shard's vocabulary rows are real: padding behind valid_vocab is never read."""
-    return rows if valid_vocab is None else max(min(rows, valid_vocab - vocab_start), 0)
+_INPUTS = (
+    "Tensor logits, Tensor labels, Tensor? bias, float? softcap, float logit_scale, int ignore_index, int? valid_vocab, "
+    "int vocab_start, str backend"
+)
 
 
-def kept_rows(labels: Tensor, ignore_index: int, vocab: int) -> Tensor | None:
-    """Indices of the tokens to score, or None when that is all of them.
+@torch.library.custom_op(
+    "lldfast::logprob",
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool argmax, bool entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    o, (argmax, entropy) = Options(*rest[:-2]), rest[-2:]
+    dtype, vocab = accumulate_dtype(logits), o.vocab(logits)
+    out = Outputs.zeros(logits, len(logits), dtype, argmax, entropy)
+    kept = kept_rows(labels, o.ignore_index, o.vocab_start + logits.shape[1] if o.valid_vocab is None else o.valid_vocab)
+    every: slice | Tensor = slice(None) if kept is None else kept
+    if len(logits) == 0 or (kept is not None and len(kept) == 0):
+        return tuple(out)
+    if vocab == 0:
+        out.put_empty_shard(every)
+        return tuple(out)
+    y = labels.long() - o.vocab_start
+    if o.backend == "cpp":
+        native.logprob_fwd(logits, y, kept, vocab, bias, o.softcap, o.logit_scale, out)
+        if argmax and o.vocab_start:
+            out.argmax[every] += o.vocab_start
+    elif o.backend == "cuda":
+        part = Outputs(*(x[every].contiguous() if x.numel() else x for x in out))
+        native.cuda_logprob_fwd(logits, y[every].contiguous(), kept, vocab, bias, o.softcap, o.logit_scale, part)
+        out.put(every, part, o.vocab_start)
+    elif o.backend == "triton":
+        from lldfast_kernels.logprob import logprob_fwd
 
-    Raises:
-        InputError: a label that is not ignore_index lies outside [0, vocab).
-    """
-    if labels.numel() == 0:
-        return None
-    if not 0 <= ignore_index < vocab:
-        low, high = labels.aminmax()  # the usual case in one pass: all scored, none out of range
-        if int(low) >= 0 and int(high) < vocab:
-            return None
-    kept = labels != ignore_index
-    bad = kept & ((labels < 0) | (labels >= vocab))
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0, 0])
-        raise InputError(f"label {int(labels[at])} of token {at} is outside the vocabulary [0, {vocab})")
-    return None if bool(kept.all()) else kept.nonzero()[:, 0]
-
-
-def row_chunks(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, least: int = 1) -> Iterator[slice]:
-    """Equal slices of at least `least` rows whose logits [R, V] fit the byte budget of the device."""
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-    size = max(budget // (max(vocab, 1) * dtype.itemsize), least)
-    count = -(-rows // size)
-    for i in range(count):
-        yield slice(rows * i // count, rows * (i + 1) // count)
-
-
-def transform_(z: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
-    """Bias, scale and softcap, in place on a buffer of our own."""
-    if bias is not None:
-        z.add_(bias)
-    if logit_scale != 1.0:
-        z.mul_(logit_scale)
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    return z
-
-
-def local_labels(y: Tensor, vocab: int, shard: bool) -> tuple[Tensor, Tensor | None]:
-    """[R, 1] column indices of labels y, and which of them belong to another shard (None: none can)."""
-    if not shard:
-        return y[:, None], None
-    return y.clamp(0, vocab - 1)[:, None], (y < 0) | (y >= vocab)
-
-
-def softmax_stats_(z: Tensor, y: Tensor, shard: bool, argmax: bool = False, entropy: bool = False) -> tuple[Tensor, ...]:
-    """logprob, lse, argmax, entropy, max logit of rows z [R, V], whose buffer is overwritten, and softmax(z).
-
-    y holds shard-local labels; one outside [0, V) belongs to another shard and scores -inf. softmax() is the fastest fused pass
-    torch has, but its own sum runs serially in fp32 and loses the tail of a large vocabulary (6e-6 at 49,152 ids, always the same
-    way). So sum exp(z - max) is read off its result, where sum() adds pairwise; it is >= 1 and logprob <= 0 to the last bit.
-    """
-    top, best = z.max(-1) if argmax else (z.amax(-1), y.new_empty(0))
-    index, foreign = local_labels(y, z.shape[-1], shard)
-    z_y = z.gather(-1, index)[:, 0]
-    if foreign is not None:
-        z_y.masked_fill_(foreign, NEG_INF)
-    # Each element is written after its row was read, so the CPU kernel may work in place; other devices promise nothing.
-    p = torch.softmax(z, -1, out=z) if z.device.type == "cpu" else torch.softmax(z, -1)
-    log_sum = (p.sum(-1) / p.amax(-1)).log()
-    lse = torch.where(top.isinf(), top, top + log_sum)
-    spread = torch.special.entr(p).sum(-1) if entropy else z.new_empty(0)
-    return (z_y - top) - log_sum, lse, best, spread, top, p
-
-
-def logit_grad_(
-    z: Tensor, y: Tensor, shard: bool, lse: Tensor, g: Tensor, h: Tensor, softcap: float | None, logit_scale: float
-) -> Tensor:
-    """Gradient of sum(g logprob + h lse) by the logits before transform_, from z after it; overwrites z [R, V]."""
-    slope = None if softcap is None else logit_scale * (1 - (z / softcap).square_())
-    dz = z.sub_(lse[:, None]).exp_().mul_((h - g)[:, None])
-    add_at_labels_(dz, y, shard, g)
-    return dz.mul_(logit_scale if slope is None else slope)
-
-
-def add_at_labels_(dz: Tensor, y: Tensor, shard: bool, value: Tensor) -> None:
-    """dz[t, y_t] += value_t where y_t is in this shard."""
-    index, foreign = local_labels(y, dz.shape[-1], shard)
-    value = value if foreign is None else value.masked_fill(foreign, 0.0)
-    dz.scatter_add_(-1, index, value[:, None])
-
-
-def is_shard(rows: int, valid_vocab: int | None, vocab_start: int) -> bool:
-    """Whether a valid label can lie outside these vocabulary rows."""
-    return vocab_start > 0 or (valid_vocab is not None and valid_vocab > rows)
-
-
-class Outputs(NamedTuple):
-    """Result buffers over all T tokens, filled chunk by chunk; ignored tokens keep the initial value."""
-
-    logprob: Tensor
-    lse: Tensor
-    argmax: Tensor
-    entropy: Tensor
-    top: Tensor
-
-    @classmethod
-    def zeros(cls, like: Tensor, tokens: int, dtype: torch.dtype, argmax: bool, entropy: bool) -> "Outputs":
-        def make(on: bool) -> Tensor:
-            return like.new_zeros(tokens if on else 0, dtype=dtype)
-
-        best = like.new_full((tokens if argmax else 0,), -1, dtype=torch.int64)
-        return cls(make(True), make(True), best, make(entropy), make(argmax))
-
-    def put(self, rows: slice | Tensor, stats: tuple[Tensor, ...], vocab_start: int) -> None:
-        logprob, lse, best, entropy, top = stats[:5]
-        self.logprob[rows], self.lse[rows] = logprob, lse
-        if self.argmax.numel():
-            self.argmax[rows], self.top[rows] = best + vocab_start, top
-        if self.entropy.numel():
-            self.entropy[rows] = entropy
-
-    def put_empty_shard(self, rows: slice | Tensor) -> None:
-        for field in (self.logprob, self.lse, self.top):
-            if field.numel():
-                field[rows] = NEG_INF
-
-
-@torch.library.custom_op("lldfast::logprob", mutates_args=())
-def _forward(
-    logits: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    vocab_start: int,
-    argmax: bool,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulate_dtype(logits)
-    tokens, vocab = logits.shape[0], local_vocab(logits.shape[1], valid_vocab, vocab_start)
-    out = Outputs.zeros(logits, tokens, dtype, argmax, entropy)
-    kept = kept_rows(labels, ignore_index, vocab_start + logits.shape[1] if valid_vocab is None else valid_vocab)
-    offset = None if bias is None else bias[:vocab].to(dtype)
-    shard = is_shard(logits.shape[1], valid_vocab, vocab_start)
-    for chunk in row_chunks(tokens if kept is None else len(kept), vocab, dtype, logits.device):
-        rows = chunk if kept is None else kept[chunk]
-        if vocab == 0:
-            out.put_empty_shard(rows)
-            continue
-        z = transform_(logits[rows, :vocab].to(dtype, copy=True), offset, softcap, logit_scale)
-        out.put(rows, softmax_stats_(z, labels[rows].long() - vocab_start, shard, argmax, entropy), vocab_start)
-    return tuple(out)  # type: ignore[return-value]
+        # All rows: to leave some out would copy the logits of the others.
+        stats = logprob_fwd(logits, y, **o.triton(vocab, bias), argmax=argmax, entropy=entropy)
+        out.put(every, stats if kept is None else tuple(x[kept] if x.numel() else x for x in stats), o.vocab_start)
+    else:
+        offset = None if bias is None else bias[:vocab].to(dtype)
+        for chunk in row_chunks(len(logits) if kept is None else len(kept), vocab, dtype, logits.device):
+            rows = chunk if kept is None else kept[chunk]
+            z = transform_(logits[rows, :vocab].to(dtype, copy=True), offset, o.softcap, o.logit_scale)
+            out.put(rows, softmax_stats_(z, y[rows], o.shard(logits), argmax, entropy), o.vocab_start)
+    return tuple(out)
 
 
 @_forward.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    vocab_start: int,
-    argmax: bool,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(Outputs.zeros(logits, logits.shape[0], accumulate_dtype(logits), argmax, entropy))  # type: ignore[return-value]
+def _(logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(Outputs.zeros(logits, logits.shape[0], accumulate_dtype(logits), *rest[-2:]))
 
 
-@torch.library.custom_op("lldfast::logprob_backward", mutates_args=())
+@torch.library.custom_op(
+    "lldfast::logprob_backward",
+    mutates_args=(),
+    schema=f"(Tensor g, Tensor h, Tensor lse, {_INPUTS}, bool need_logits, bool need_bias) -> (Tensor, Tensor)",
+)
 def _backward(
-    g: Tensor,
-    h: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    vocab_start: int,
-    need_logits: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype, vocab = accumulate_dtype(logits), local_vocab(logits.shape[1], valid_vocab, vocab_start)
-    d_logits = torch.zeros_like(logits) if need_logits else logits.new_empty(0)
+    g: Tensor, h: Tensor, lse: Tensor, logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    o, (need_logits, need_bias) = Options(*rest[:-2]), rest[-2:]
+    dtype, vocab = accumulate_dtype(logits), o.vocab(logits)
+    kept = (labels != o.ignore_index).nonzero()[:, 0]
+    every = None if len(kept) == len(labels) else kept
+    # The C++ kernels write every place that has a value; the others are 0.
+    make = torch.empty_like if o.backend in ("cpp", "cuda") and every is None and vocab == logits.shape[1] else torch.zeros_like
+    d_logits = make(logits, memory_format=torch.contiguous_format) if need_logits else logits.new_empty(0)
     d_bias = logits.new_zeros(logits.shape[1] if need_bias else 0, dtype=dtype)
-    kept = (labels != ignore_index).nonzero()[:, 0]
-    offset = None if bias is None else bias[:vocab].to(dtype)
-    shard = is_shard(logits.shape[1], valid_vocab, vocab_start)
-    for chunk in row_chunks(len(kept), vocab, dtype, logits.device):
-        rows = kept[chunk]
-        if vocab == 0:
-            continue
-        z = transform_(logits[rows, :vocab].to(dtype, copy=True), offset, softcap, logit_scale)
-        y = labels[rows].long() - vocab_start
-        dz = logit_grad_(z, y, shard, lse[rows], g[rows], h[rows], softcap, logit_scale)
-        if need_logits:
-            d_logits[rows, :vocab] = dz.to(logits.dtype)
-        if need_bias:
-            d_bias[:vocab] += dz.sum(0)
+    if len(kept) == 0 or vocab == 0:
+        return d_logits, d_bias
+    y, g, h = labels.long() - o.vocab_start, g.contiguous(), h.contiguous()
+    if o.backend == "cpp":
+        native.logprob_bwd(logits, y, every, vocab, bias, o.softcap, o.logit_scale, lse, g, h, d_logits, d_bias)
+    elif o.backend == "cuda":
+        y, lse, g, h = (x if every is None else x[every].contiguous() for x in (y, lse, g, h))
+        native.cuda_logprob_bwd(logits, y, every, vocab, bias, o.softcap, o.logit_scale, lse, g, h, d_logits, d_bias)
+    elif o.backend == "triton":
+        from lldfast_kernels.logprob import logprob_bwd
+
+        if every is not None:
+            zero = labels == o.ignore_index
+            y, lse, g, h = y.masked_fill(zero, -1), lse, g.masked_fill(zero, 0.0), h.masked_fill(zero, 0.0)
+        needs = {"need_logits": need_logits, "need_bias": need_bias}
+        d_logits, d_bias = logprob_bwd(g, h, logits, y, lse, **o.triton(vocab, bias), **needs)
+        if every is not None and need_logits:
+            d_logits[zero] = 0.0  # such rows may hold anything, also NaN
+    else:
+        offset = None if bias is None else bias[:vocab].to(dtype)
+        for chunk in row_chunks(len(kept), vocab, dtype, logits.device):
+            rows = kept[chunk]
+            z = transform_(logits[rows, :vocab].to(dtype, copy=True), offset, o.softcap, o.logit_scale)
+            dz = logit_grad_(z, y[rows], o.shard(logits), lse[rows], g[rows], h[rows], o.softcap, o.logit_scale)
+            if need_logits:
+                d_logits[rows, :vocab] = dz.to(logits.dtype)
+            if need_bias:
+                d_bias[:vocab] += dz.sum(0)
     return d_logits, d_bias
 
 
 @_backward.register_fake
-def _(
-    g: Tensor,
-    h: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    valid_vocab: int | None,
-    vocab_start: int,
-    need_logits: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    d_logits = torch.empty_like(logits) if need_logits else logits.new_empty(0)
+def _(g: Tensor, h: Tensor, lse: Tensor, logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    need_logits, need_bias = rest[-2:]
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if need_logits else logits.new_empty(0)
     return d_logits, logits.new_empty(logits.shape[1] if need_bias else 0, dtype=accumulate_dtype(logits))
 
 
@@ -353,11 +252,8 @@ def _autograd(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -
     g = torch.zeros_like(lse) if g is None else g
     h = torch.zeros_like(lse) if h is None else h
     need_logits, _, need_bias = ctx.needs_input_grad[:3]
-    softcap, logit_scale, ignore_index, valid_vocab, vocab_start = ctx.options[:5]
-    d_logits, d_bias = _backward(
-        g, h, logits, labels, lse, bias, softcap, logit_scale, ignore_index, valid_vocab, vocab_start, need_logits, need_bias
-    )
-    return (d_logits if need_logits else None, None, d_bias.to(bias.dtype) if need_bias else None, *[None] * 7)
+    d_logits, d_bias = _backward(g, h, lse, logits, labels, bias, *ctx.options[:-2], need_logits, need_bias)
+    return (d_logits if need_logits else None, None, d_bias.to(bias.dtype) if need_bias else None, *[None] * 8)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -405,13 +301,12 @@ def logprob(
     Raises:
         InputError: shapes, dtypes or devices do not fit, a label is out of range, an option or backend is unknown.
     """
-    check_inputs({"logits": logits, "bias": bias}, labels, logits.shape[:-1], softcap, valid_vocab, vocab_start, precision)
+    check_inputs({"logits": logits, "bias": bias}, labels, logits.shape[:-1], softcap, valid_vocab, vocab_start)
+    check_precision(precision, (None, "fp32"))
     check_bias(bias, logits.shape[-1])
-    resolve("logprob", backend, logits.device.type)
-    out = _forward(
-        logits.reshape(-1, logits.shape[-1]) if logits.dim() != 2 else logits, labels.reshape(-1), bias, softcap, logit_scale,
-        ignore_index, valid_vocab, vocab_start, return_argmax, return_entropy,
-    )  # fmt: skip
+    options = Options(softcap, logit_scale, ignore_index, valid_vocab, vocab_start, choose("logprob", backend, logits))
+    flat = logits.reshape(-1, logits.shape[-1]) if logits.dim() != 2 else logits
+    out = _forward(flat, labels.reshape(-1), bias, *options, return_argmax, return_entropy)
     return shape_result(out, labels.shape, return_lse, return_argmax, return_entropy)
 
 

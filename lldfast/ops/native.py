@@ -1,0 +1,137 @@
+"""Calls of the compiled modules lldfast._C and lldfast._cuda: tensors go as addresses, so one build serves every torch.
+
+Rows of inputs may lie anywhere, but their columns must be contiguous; what is not is copied. `rows` are the indices of the
+tokens to score, or None for all of them. Labels are those of the shard, int64; results of other rows stay as they are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lldfast.backends import _load, extension
+
+# Fewer multiply-adds than this, and starting threads takes longer than they save.
+ONE_THREAD = 1 << 24
+
+Matrix = tuple[int, str, int]
+NO_MATRIX: Matrix = (0, "float32", 0)
+
+
+def columns_contiguous(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _matrix(x: Tensor | None) -> Matrix:
+    return NO_MATRIX if x is None or x.numel() == 0 else (x.data_ptr(), str(x.dtype).removeprefix("torch."), x.stride(0))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def _threads(work: int) -> int:
+    return 1 if work < ONE_THREAD else torch.get_num_threads()
+
+
+def _module() -> Any:
+    module = extension()
+    assert module is not None  # dispatch.choose() asked
+    return module
+
+
+def _fp32(x: Tensor | None, size: int) -> Tensor | None:
+    return None if x is None else x[:size].float().contiguous()
+
+
+def logprob_fwd(
+    logits: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
+    logit_scale: float, out: Sequence[Tensor], isa: str = "",
+) -> None:  # fmt: skip
+    """Fills out = (logprob, lse, argmax, entropy, max logit), fp32 and int64 [T], from logits [T, V]; not the empty ones."""
+    logits, bias = columns_contiguous(logits), _fp32(bias, vocab)
+    tokens = len(logits) if rows is None else len(rows)
+    _module().logprob_fwd(
+        _matrix(logits), _address(rows), tokens, vocab, _address(labels), _address(bias), softcap or 0.0, logit_scale,
+        _threads(64 * tokens * vocab), isa, [_address(x) for x in out],
+    )  # fmt: skip
+
+
+def logprob_bwd(
+    logits: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
+    logit_scale: float, lse: Tensor, g: Tensor, h: Tensor, d_logits: Tensor, d_bias: Tensor, isa: str = "",
+) -> None:  # fmt: skip
+    """Fills d_logits [T, V] and d_bias [V] where they are not empty; columns behind `vocab` and other rows stay as they are."""
+    logits, bias = columns_contiguous(logits), _fp32(bias, vocab)
+    tokens = len(logits) if rows is None else len(rows)
+    _module().logprob_bwd(
+        _matrix(logits), _address(rows), tokens, vocab, _address(labels), _address(bias), softcap or 0.0, logit_scale,
+        _threads(64 * tokens * vocab), isa, _address(lse), _address(g), _address(h), _matrix(d_logits), _address(d_bias),
+    )  # fmt: skip
+
+
+def linear_precision(precision: str | None, hidden: Tensor, weight: Tensor) -> str:
+    """None: products of the inputs as they are, which for two bf16 inputs is what bf16 instructions compute."""
+    return precision or ("bf16" if hidden.dtype == weight.dtype == torch.bfloat16 else "fp32")
+
+
+def linear_logprob_fwd(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
+    logit_scale: float, precision: str | None, out: Sequence[Tensor], isa: str = "",
+) -> None:  # fmt: skip
+    """As `logprob_fwd`, from hidden [T, d] and weight [V, d]."""
+    hidden, weight, bias = columns_contiguous(hidden), columns_contiguous(weight), _fp32(bias, vocab)
+    tokens, width = len(hidden) if rows is None else len(rows), hidden.shape[1]
+    _module().linear_logprob_fwd(
+        _matrix(hidden), _address(rows), tokens, width, _matrix(weight), vocab, _address(labels), _address(bias), softcap or 0.0,
+        logit_scale, linear_precision(precision, hidden, weight), _threads(tokens * vocab * width), isa,
+        [_address(x) for x in out],
+    )  # fmt: skip
+
+
+def linear_logprob_bwd(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
+    logit_scale: float, precision: str | None, lse: Tensor, g: Tensor, h: Tensor, dh: Tensor, dw: Tensor, db: Tensor,
+    isa: str = "",
+) -> None:  # fmt: skip
+    """Fills dh [T, d], dw [V, d] in their dtypes and db [V] fp32 where they are not empty; sums are in fp32."""
+    hidden, weight, bias = columns_contiguous(hidden), columns_contiguous(weight), _fp32(bias, vocab)
+    tokens, width = len(hidden) if rows is None else len(rows), hidden.shape[1]
+    _module().linear_logprob_bwd(
+        _matrix(hidden), _address(rows), tokens, width, _matrix(weight), vocab, _address(labels), _address(bias), softcap or 0.0,
+        logit_scale, linear_precision(precision, hidden, weight), _threads(tokens * vocab * width), isa, _address(lse),
+        _address(g), _address(h), _matrix(dh), _matrix(dw), _address(db),
+    )  # fmt: skip
+
+
+def cuda_logprob_fwd(
+    logits: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
+    logit_scale: float, out: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """`logprob_fwd` on the GPU, on torch's current stream; `labels` and `out` hold the scored rows only."""
+    logits, bias = columns_contiguous(logits), _fp32(bias, vocab)
+    module: Any = _load("_cuda")
+    size = module.logprob_workspace_bytes(len(labels), vocab)
+    workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
+    address, dtype, stride = _matrix(logits)
+    module.logprob_fwd(
+        address, dtype, stride, len(labels), vocab, _address(rows), _address(labels), _address(bias), softcap or 0.0, logit_scale,
+        *[_address(x) for x in out], _address(workspace), torch.cuda.current_stream(logits.device).cuda_stream,
+    )  # fmt: skip
+
+
+def cuda_logprob_bwd(
+    logits: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
+    logit_scale: float, lse: Tensor, g: Tensor, h: Tensor, d_logits: Tensor, d_bias: Tensor,
+) -> None:  # fmt: skip
+    """`logprob_bwd` on the GPU; labels, lse, g and h hold the scored rows only."""
+    logits, bias = columns_contiguous(logits), _fp32(bias, vocab)
+    module: Any = _load("_cuda")
+    address, dtype, stride = _matrix(logits)
+    d_address, _, d_stride = _matrix(d_logits)
+    module.logprob_bwd(
+        address, dtype, stride, len(labels), vocab, _address(rows), _address(labels), _address(bias), softcap or 0.0, logit_scale,
+        _address(lse), _address(g), _address(h), d_address, d_stride, d_logits.shape[-1] if d_address else vocab,
+        _address(d_bias), torch.cuda.current_stream(logits.device).cuda_stream,
+    )  # fmt: skip
