@@ -17,6 +17,8 @@ _NAMES = {
     "linear_logprob": "lldfast.ops.linear_logprob",
     "linear_cross_entropy": "lldfast.ops.linear_logprob",
     "logprob": "lldfast.ops.logprob",
+    "merge_vocab_shards": "lldfast.ops.logprob",
+    "SegmentSums": "lldfast.ops.segments",
     "score": "lldfast.loglik",
     "delta": "lldfast.loglik",
     "LoglikVector": "lldfast.loglik",
@@ -76,7 +78,8 @@ if TYPE_CHECKING:
     from lldfast.models.gpt import GPT, GPTConfig
     from lldfast.models.scorer import Scorer, load_scorer
     from lldfast.ops.linear_logprob import linear_cross_entropy, linear_logprob
-    from lldfast.ops.logprob import logprob
+    from lldfast.ops.logprob import logprob, merge_vocab_shards
+    from lldfast.ops.segments import SegmentSums
     from lldfast.rules import Rule
     from lldfast.weights import adjusted_lld_weights, aggregate_weights, effective_domains, lld_weights
     from lldfast.weightsfile import load_weights, save_weights

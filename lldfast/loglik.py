@@ -32,6 +32,7 @@ from lldfast.models.scorer import Scorer, Segment, load_scorer
 from lldfast.ops.chunks import row_chunks
 from lldfast.ops.linear_logprob import linear_logprob
 from lldfast.ops.logprob import logprob
+from lldfast.ops.segments import SegmentSums
 
 FORMAT = "lldfast-loglik"
 NORMALIZE = ("base_tokens", "bytes", "texts")
@@ -220,13 +221,18 @@ def batches(segments: Sequence[Segment], batch_tokens: int, which: npt.ArrayLike
         start += len(rows)
 
 
-def token_logprobs(scorer: Scorer, batch: Batch, *, backend: str = "auto", amp_dtype: str | None = None) -> Tensor:
+def token_logprobs(
+    scorer: Scorer, batch: Batch, *, backend: str = "auto", amp_dtype: str | None = None, precision: str | None = None
+) -> Tensor:
     """Log-likelihood of the labels, fp32 [B, T], 0 where ignored; differentiable when gradients are on."""
     if scorer.separate_head:
         with _autocast(scorer, amp_dtype):
             hidden = scorer.hidden(batch.ids)
         head = scorer.head()
-        return linear_logprob(hidden, head.weight, batch.labels, backend=backend, **head.options()).logprob
+        if precision is None and amp_dtype == "bfloat16":
+            precision = "bf16"  # the head is a layer too
+        options = {"backend": backend, "precision": precision, **head.options()}
+        return linear_logprob(hidden, head.weight, batch.labels, **options).logprob
     with _autocast(scorer, amp_dtype):
         logits = scorer.logits(batch.ids)
     return logprob(logits, batch.labels, backend=backend).logprob
@@ -241,6 +247,7 @@ def score(
     backend: str = "auto",
     device: str | torch.device | None = None,
     amp_dtype: str | None = None,
+    precision: str | None = None,
     overlap: int = 0,
     progress: bool = False,
 ) -> LoglikVector:
@@ -254,6 +261,7 @@ def score(
         bos: "auto", "native" or "none" (see models/scorer.py); for a Scorer, "auto" keeps its own rule.
         device: move the model there first; default: where it is (a path is loaded on the CPU).
         amp_dtype: "bfloat16" or "float16": run the layers (not the log-softmax) under autocast.
+        precision: of the head's product, as in `linear_logprob`; "bf16x3" is several times faster than fp32 on a CPU with AMX.
         overlap: context tokens that the windows of a long text repeat.
         progress: a counter on stderr.
 
@@ -265,25 +273,22 @@ def score(
     if len(evalset) == 0:
         raise InputError("there are no evaluation texts to score")
     segments = scorer.tokenize(evalset, overlap)
-    sums = np.zeros(len(segments))
+    sums = SegmentSums.zeros(len(segments))
     done, total, began = 0, sum(map(len, segments)), time.perf_counter()
     with _evaluating(scorer), torch.inference_mode():
         for batch in batches(segments, _batch_tokens(scorer, batch_tokens)):
             on_device = batch.to(scorer.device)
-            logprobs = token_logprobs(scorer, on_device, backend=backend, amp_dtype=amp_dtype)
-            sums[batch.segment] = logprobs.double().sum(1).cpu().numpy()
+            logprobs = token_logprobs(scorer, on_device, backend=backend, amp_dtype=amp_dtype, precision=precision)
+            sums.add(logprobs, batch.segment, batch.labels != IGNORE)
             done += sum(len(segments[i]) for i in batch.segment)
             if progress:
                 _show_progress(scorer.name, done, total, began)
-    text_of = np.array([s.text for s in segments], np.int64)
-    logprobs_by_text, n_tokens = np.zeros(len(evalset)), np.zeros(len(evalset), np.int64)
-    np.add.at(logprobs_by_text, text_of, sums)  # in order of the segments, whatever the batches were
-    np.add.at(n_tokens, text_of, np.array([len(s) - s.first for s in segments], np.int64))
-    bad = np.flatnonzero(~np.isfinite(logprobs_by_text))
+    texts = sums.group([s.text for s in segments], len(evalset))  # in order of the segments, whatever the batches were
+    bad = np.flatnonzero(~np.isfinite(texts.logprob))
     if len(bad):
         i = int(bad[0])
         raise InputError(
-            f"{scorer.name} gives text {i} (domain {evalset.domain[i]}) the log-likelihood {logprobs_by_text[i]}"
+            f"{scorer.name} gives text {i} (domain {evalset.domain[i]}) the log-likelihood {texts.logprob[i]}"
             + (f", and {len(bad) - 1} more texts are not finite" if len(bad) > 1 else "")
         )
     meta = {
@@ -293,11 +298,12 @@ def score(
         "bos": {"mode": scorer.bos, "id": scorer.bos_id},
         "overlap": overlap,
         "amp_dtype": amp_dtype,
+        "precision": precision,
         "versions": versions(),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     domain, n_bytes, part = evalset.domain.copy(), evalset.n_bytes.copy(), evalset.part.copy()
-    return LoglikVector(logprobs_by_text, domain, n_tokens, n_bytes, part, _text_hashes(evalset), meta)
+    return LoglikVector(texts.logprob, domain, texts.n_tokens, n_bytes, part, _text_hashes(evalset), meta)
 
 
 def token_kl(
