@@ -151,7 +151,9 @@ def bench(name: str, texts: EvalSet, o: argparse.Namespace) -> dict[str, object]
         gap = np.abs(values[key] - exact)
         cpu = statistics.median(processor[key])
         speed = f"{tokens / median[key]:9.0f} tokens/s  {cpu:8.2f} processor s"
-        print(f"  {key:34} {speed}  {peak[key]:7.0f} MiB  gap {gap.max():.1e} nats per text, {(gap / lengths).max():.1e} per token")
+        print(
+            f"  {key:34} {speed}  {peak[key]:7.0f} MiB  gap {gap.max():.1e} nats per text, {(gap / lengths).max():.1e} per token"
+        )
     ratio = median[best["transformers"]] / median[best["score"]]
     memory = f"{peak[best['score']]:.0f} MiB against {peak[best['transformers']]:.0f} MiB"
     print(f"  score() is {ratio:.2f} times as fast as the best transformers loop, with {memory}")

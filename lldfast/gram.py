@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from lldfast.data.evalset import EvalSet
 from lldfast.errors import InputError, TrainingError
-from lldfast.loglik import IGNORE, batches, token_logprobs
 from lldfast.models.scorer import Scorer, load_scorer
+from lldfast.models.scoring import IGNORE, batches, token_logprobs
 
 MODES = ("auto", "exact")
 

@@ -6,13 +6,12 @@ batch that a text was in changes its value by fp32 rounding at most: tokens are 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,22 +26,14 @@ from lldfast.backends import versions
 from lldfast.data.evalset import PARTS, EvalSet
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path
-from lldfast.models.gpt import DTYPES, GPT
-from lldfast.models.scorer import Scorer, Segment, load_scorer
+from lldfast.models.gpt import GPT
+from lldfast.models.scorer import Scorer, load_scorer
+from lldfast.models.scoring import IGNORE, Batch, batches, evaluating, layer_tokens, segment_sums
 from lldfast.ops.chunks import row_chunks
-from lldfast.ops.linear_logprob import linear_logprob
-from lldfast.ops.logprob import logprob
-from lldfast.ops.segments import SegmentSums
 
 FORMAT = "lldfast-loglik"
 NORMALIZE = ("base_tokens", "bytes", "texts")
 COLUMNS = ("logprob", "domain", "part", "n_tokens", "n_bytes", "text_hash")
-IGNORE = -100
-# A model whose head cannot be taken apart holds full logits: its batches are cut to this many bytes of them.
-LOGITS_BYTES = 256 << 20
-# On a CPU a batch whose widest activation (about 4 d floats a token) leaves the cache is slower: by 25 % for GPT-2 124M in
-# batches of 4,096 tokens against 300, by 35 % for a width of 96 in batches of 16,384 against 2,048 (one EPYC core, AVX-512).
-CPU_ACTIVATION_BYTES = 4 << 20
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -185,59 +176,6 @@ def delta(
     return _ratios(difference, counts, base.domain), errors
 
 
-@dataclass
-class Batch:
-    """ids [B, T] right-padded, labels [B, T] (-100: padding, or context only), segment [B]: the number of each row's segment."""
-
-    ids: Tensor
-    labels: Tensor
-    segment: Ints
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.ids.to(device), self.labels.to(device), self.segment)
-
-
-def batches(segments: Sequence[Segment], batch_tokens: int, which: npt.ArrayLike | None = None) -> Iterator[Batch]:
-    """Pack segments (or those at indices `which`), longest first, into batches of at most `batch_tokens` tokens with padding.
-
-    A segment longer than that is a batch of its own. Longest first shows a lack of memory at once.
-    """
-    if batch_tokens < 1:
-        raise InputError(f"batch_tokens must be positive, not {batch_tokens}")
-    chosen = np.arange(len(segments)) if which is None else np.asarray(which, np.int64)
-    lengths = np.array([len(segments[i]) for i in chosen], np.int64)
-    chosen = chosen[np.argsort(-lengths, kind="stable")]
-    start = 0
-    while start < len(chosen):
-        longest = len(segments[chosen[start]])
-        rows = chosen[start : start + max(1, batch_tokens // longest)]
-        ids = np.zeros((len(rows), longest), np.int64)
-        labels = np.full((len(rows), longest), IGNORE, np.int64)
-        for row, i in enumerate(rows):
-            s = segments[i]
-            ids[row, : len(s)] = s.ids[:-1]
-            labels[row, s.first : len(s)] = s.ids[1 + s.first :]
-        yield Batch(torch.from_numpy(ids), torch.from_numpy(labels), rows)
-        start += len(rows)
-
-
-def token_logprobs(
-    scorer: Scorer, batch: Batch, *, backend: str = "auto", amp_dtype: str | None = None, precision: str | None = None
-) -> Tensor:
-    """Log-likelihood of the labels, fp32 [B, T], 0 where ignored; differentiable when gradients are on."""
-    if scorer.separate_head:
-        with _autocast(scorer, amp_dtype):
-            hidden = scorer.hidden(batch.ids)
-        head = scorer.head()
-        if precision is None and amp_dtype == "bfloat16":
-            precision = "bf16"  # the head is a layer too
-        options = {"backend": backend, "precision": precision, **head.options()}
-        return linear_logprob(hidden, head.weight, batch.labels, **options).logprob
-    with _autocast(scorer, amp_dtype):
-        logits = scorer.logits(batch.ids)
-    return logprob(logits, batch.labels, backend=backend).logprob
-
-
 def score(
     model: Scorer | str | os.PathLike[str],
     evalset: EvalSet | str | os.PathLike[str],
@@ -273,16 +211,14 @@ def score(
     if len(evalset) == 0:
         raise InputError("there are no evaluation texts to score")
     segments = scorer.tokenize(evalset, overlap)
-    sums = SegmentSums.zeros(len(segments))
-    done, total, began = 0, sum(map(len, segments)), time.perf_counter()
-    with _evaluating(scorer), torch.inference_mode():
-        for batch in batches(segments, _batch_tokens(scorer, batch_tokens)):
-            on_device = batch.to(scorer.device)
-            logprobs = token_logprobs(scorer, on_device, backend=backend, amp_dtype=amp_dtype, precision=precision)
-            sums.add(logprobs, batch.segment, batch.labels != IGNORE)
-            done += sum(len(segments[i]) for i in batch.segment)
-            if progress:
-                _show_progress(scorer.name, done, total, began)
+    total, began = sum(map(len, segments)), time.perf_counter()
+
+    def show(done: int) -> None:
+        if progress:
+            _show_progress(scorer.name, done, total, began)
+
+    with evaluating(scorer), torch.inference_mode():
+        sums = segment_sums(scorer, segments, batch_tokens, backend, amp_dtype, precision, show)
     texts = sums.group([s.text for s in segments], len(evalset))  # in order of the segments, whatever the batches were
     bad = np.flatnonzero(~np.isfinite(texts.logprob))
     if len(bad):
@@ -328,8 +264,8 @@ def token_kl(
         raise InputError(f"a head of {vocab} ids does not cover the {a.tokenizer.vocab_size} ids of tokenizer {a.tokenizer.name}")
     segments = (a if a.context_length <= b.context_length else b).tokenize(evalset)
     sums = np.zeros(len(segments))
-    with _evaluating(a), _evaluating(b), torch.inference_mode():
-        for batch in batches(segments, min(_batch_tokens(a, batch_tokens), _batch_tokens(b, batch_tokens))):
+    with evaluating(a), evaluating(b), torch.inference_mode():
+        for batch in batches(segments, min(layer_tokens(a, batch_tokens), layer_tokens(b, batch_tokens))):
             sums[batch.segment] = _batch_kl(a, b, batch, vocab).sum(1).numpy()
     nats = np.zeros(len(evalset))
     np.add.at(nats, np.array([s.text for s in segments], np.int64), sums)
@@ -363,34 +299,6 @@ def _as_scorer(model: Any, bos: str, device: str | torch.device | None) -> Score
     if device is not None:
         model.to(device)
     return model if bos in ("auto", model.bos) else model.with_bos(bos)
-
-
-def _batch_tokens(scorer: Scorer, batch_tokens: int) -> int:
-    """batch_tokens, or less where a larger batch would only cost memory or time."""
-    if not scorer.separate_head:
-        return max(1, min(batch_tokens, LOGITS_BYTES // (4 * scorer.vocab_size)))
-    if scorer.device.type == "cpu":
-        return min(batch_tokens, max(256, CPU_ACTIVATION_BYTES // (16 * scorer.head().weight.shape[1])))
-    return batch_tokens
-
-
-@contextlib.contextmanager
-def _evaluating(scorer: Scorer) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside, the former mode afterwards."""
-    training = scorer.module.training
-    scorer.module.eval()
-    try:
-        yield
-    finally:
-        scorer.module.train(training)
-
-
-def _autocast(scorer: Scorer, amp_dtype: str | None) -> contextlib.AbstractContextManager[Any]:
-    if amp_dtype in (None, "float32"):
-        return contextlib.nullcontext()
-    if amp_dtype not in DTYPES:
-        raise InputError(f"amp_dtype={amp_dtype!r} is not one of {', '.join(DTYPES)}")
-    return torch.autocast(scorer.device.type, DTYPES[amp_dtype])
 
 
 def _denominators(vector: LoglikVector, normalize: str, base_tokens: Any) -> Floats:

@@ -8,9 +8,10 @@ from lldfast import gram
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import InputError, TrainingError
-from lldfast.loglik import IGNORE, batches, score
+from lldfast.loglik import score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
+from lldfast.models.scoring import IGNORE, batches
 from lldfast.weights import adjusted_lld_weights
 
 rng = np.random.default_rng(0)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from lldfast import loglik as module
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer, train_bpe
 from lldfast.errors import CorruptError, InputError
-from lldfast.loglik import LoglikVector, batches, delta, score, token_kl, token_logprobs
+from lldfast.loglik import LoglikVector, delta, score, token_kl
+from lldfast.models import scoring
 from lldfast.models.gpt import GPT, GPTConfig
 from lldfast.models.scorer import Scorer, load_scorer
+from lldfast.models.scoring import batches, token_logprobs
 
 WORDS = ["the", "of", "and", "to", "in", "that", "for", "with", "quiet", "river", "they", "which", "one", "model", "had", "was"]
 
@@ -366,10 +367,10 @@ def test_true_kl_needs_one_tokenizer(scorer, bpe, texts):
 
 
 def test_memory_of_full_logits_is_bounded(scorer, monkeypatch):
-    assert module._batch_tokens(scorer, 100) == 100
-    assert module._batch_tokens(scorer, 10**9) == module.CPU_ACTIVATION_BYTES // (16 * 32)
+    assert scoring.layer_tokens(scorer, 100) == 100
+    assert scoring.layer_tokens(scorer, 10**9) == scoring.CPU_ACTIVATION_BYTES // (16 * 32)
     monkeypatch.setattr(scorer, "separate_head", False)
-    assert module._batch_tokens(scorer, 10**9) == module.LOGITS_BYTES // (4 * scorer.vocab_size)
+    assert scoring.layer_tokens(scorer, 10**9) == scoring.LOGITS_BYTES // (4 * scorer.vocab_size)
 
 
 @pytest.mark.slow
