@@ -79,14 +79,16 @@ extension()
 def test_resolve_auto():
     for op, choices in module.IMPLEMENTATIONS.items():
         assert module.resolve(op) in choices
-    assert module.resolve("logprob", "auto", torch.device("cuda:1")) == "torch"
+    expected = "torch" if not torch.cuda.is_available() else "triton"
+    assert module.resolve("linear_logprob", "auto", torch.device("cuda:0")) == expected
+    assert module.resolve("linear_logprob", "auto", "cpu") == ("torch" if module.extension() is None else "cpp")
     assert module.resolve("logprob", "torch", "cpu") == "torch"
 
 
 def test_resolve_refuses():
     with pytest.raises(InputError, match="unknown op 'softmax'; known: logprob"):
         module.resolve("softmax")
-    with pytest.raises(InputError, match="logprob has no backend 'jax'; it has: torch, and auto"):
+    with pytest.raises(InputError, match="logprob has no backend 'jax'; it has: triton, cuda, cpp, torch, and auto"):
         module.resolve("logprob", "jax")
     with pytest.raises(InputError, match="gather cannot run on cuda: it works on cpu"):
         module.resolve("gather", "numpy", "cuda")
