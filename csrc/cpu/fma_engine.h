@@ -73,7 +73,7 @@ struct FmaEngine {
   // A whole row [padded]; null: zeros.
   void stage_row(float* to, const void* from, DType dtype) const {
     const int64_t filled = from == nullptr ? 0 : width;
-    stage(to, from, dtype, filled);
+    if (from != nullptr) stage(to, from, dtype, filled);
     std::memset(to + filled, 0, static_cast<size_t>(padded - filled) * 4);
   }
 

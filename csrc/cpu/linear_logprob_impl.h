@@ -218,7 +218,7 @@ struct Backward {
   // Tokens by label: a chain per chunk of the vocabulary would do, but labels of one row must come in the order of tokens.
   void order_labels() {
     int64_t* order = reinterpret_cast<int64_t*>(label_order.bytes());
-    for (int64_t t = 0; t < blocks * kBlock; ++t) order[t] = static_cast<int64_t>(label[t]) << 32 | t;
+    for (int64_t t = 0; t < blocks * kBlock; ++t) order[t] = static_cast<int64_t>(label[t]) * (int64_t{1} << 32) + t;
     sort(order, args.tokens);
   }
 

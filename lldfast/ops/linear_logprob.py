@@ -83,7 +83,7 @@ def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
         out.put_empty_shard(every)
         return tuple(out)
     y = labels.long() - o.vocab_start
-    if o.backend == "cpp":
+    if o.backend == "cpp" and hidden.shape[1] > 0:
         native.linear_logprob_fwd(hidden, weight, y, kept, vocab, bias, o.softcap, o.logit_scale, o.precision, out)
         if argmax and o.vocab_start:
             out.argmax[every] += o.vocab_start
@@ -116,7 +116,7 @@ def _backward(
     y = labels.long() - o.vocab_start
     if len(kept) == 0 or vocab == 0:
         return _empty_grads(torch.zeros_like, hidden, weight, bias, needs)
-    if o.backend == "cpp":
+    if o.backend == "cpp" and hidden.shape[1] > 0:
         rows = None if len(kept) == len(labels) else kept
         # The kernel writes every row that has a value; the others are 0.
         make_h = torch.empty_like if rows is None else torch.zeros_like
