@@ -171,7 +171,7 @@ def judge(method: Method, check: Check) -> float | None:
         if method.floor:
             return None
         shown, judged = check(method, result)
-    except Exception as error:  # noqa: BLE001 - shown in the table for peers
+    except Exception as error:
         if method.tolerance is not None:
             raise SystemExit(f"{method.name}: {type(error).__name__}: {error}") from error
         raise
@@ -255,7 +255,7 @@ def show(value: float | None, form: str) -> str:
 def hardware(device: str) -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    found = {name: {k: v for k, v in info.items() if k != "devices"} for name, info in lldfast.backends().items()}
+    found = {name: {k: v for k, v in info.items() if k not in ("devices", "reason")} for name, info in lldfast.backends().items()}
     return {
         "cpu": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -276,7 +276,8 @@ def write(out: str | None, groups: list[dict[str, Any]], o: argparse.Namespace) 
     if out:
         options = {key: value for key, value in vars(o).items() if key != "out"}
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps({"hardware": hardware(o.device), "options": options, "groups": groups}, indent=1) + "\n")
+        found = {"hardware": hardware(o.device), "options": options, "groups": groups}
+        Path(out).write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -317,14 +318,18 @@ def compiled(function: Callable[..., Any], *inputs: torch.Tensor) -> Callable[[]
 
 
 def pytest_run(benchmark: Any, methods: Sequence[Method], check: Check, name: str) -> None:
-    """One method under pytest-benchmark, checked first."""
+    """One method under pytest-benchmark, checked first; on one thread, since a busy second core would be measured too."""
     import pytest
 
     method = next((m for m in methods if m.name == name), None)
     if method is None or method.absent:
         pytest.skip(method.absent if method else "not in this build")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         judge(method, check)
+        benchmark(method.call)
     except SystemExit as error:
         pytest.fail(str(error))
-    benchmark(method.call)
+    finally:
+        torch.set_num_threads(before)

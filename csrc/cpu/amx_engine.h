@@ -90,29 +90,42 @@ struct AmxEngine {
     ~Session() { __asm__ volatile("tilerelease" ::: "memory"); }
   };
 
-  // Panels: called for the tiles of steps [k, k + count).
+  // Where a step's two tiles of A are: rows `stride` bytes apart, the next step `step` bytes on.
+  struct Tiles {
+    const uint8_t* data;
+    int64_t stride, step;
+  };
+
+  // Panels A: slabs() parts of K, each passed over all blocks before the next; tiles() from step k on, for count steps.
   struct PackedPanel {
     const uint8_t* data;
 
-    const uint8_t* operator()(int64_t k, int64_t) const { return data + k * kStepBytes; }
+    int64_t slabs(int64_t) const { return 1; }
+    Tiles tiles(int64_t k, int64_t) const { return {data + k * kStepBytes, 64, kStepBytes}; }
   };
 
-  // Of rows [first, first + n) of the weight, packed a slab at a time into the same 16 KB: they stay in the first cache, where
-  // stores are cheap. A packed copy of the whole weight would cost its memory again.
+  // Rows [first, first + n) of the weight. A bf16 weight is a panel as it lies: a tile load takes 16 rows at any distance. Others,
+  // and odd widths and ends, are packed a slab at a time: what was just stored is read from the first cache. A packed copy of the
+  // whole weight would cost its memory again, and go stale.
   struct WeightPanel {
     const AmxEngine& engine;
     const Matrix& weight;
     int64_t first, n;
     uint8_t* slab;
 
-    const uint8_t* operator()(int64_t k, int64_t count) const {
+    bool as_it_lies() const {
+      return kParts == 1 && weight.dtype == DType::kBf16 && n == kPanel && engine.width == engine.padded;
+    }
+    int64_t slabs(int64_t steps) const { return as_it_lies() ? 1 : (steps + kSlab - 1) / kSlab; }
+    Tiles tiles(int64_t k, int64_t count) const {
+      if (as_it_lies()) return {static_cast<const uint8_t*>(weight.row(first)) + k * 64, weight.stride * 2, 64};
       engine.pack_steps(slab, weight, first, n, k, count, Prefetcher());
-      return slab;
+      return {slab, 64, kStepBytes};
     }
   };
 
   static constexpr int64_t kChunkRows = 512;
-  static constexpr int64_t kGroupBytes = 768 << 10;
+  static constexpr int64_t kGroupBytes = 1152 << 10;
   static constexpr int64_t kSlab = 12 / kParts;  // steps whose part of A, 24 KB, stays in the first cache while the blocks pass
   static constexpr int64_t kStep = 32;
 
@@ -221,10 +234,10 @@ struct AmxEngine {
   template <class Panel, class Epilogue>
   static void multiply(const Panel& panel, int64_t steps, const uint8_t* b, int64_t b_stride, int64_t n, float* c, int64_t c_stride,
                        bool accumulate, Epilogue* epilogue, Prefetcher prefetcher) {
-    const int64_t slabs = (steps + kSlab - 1) / kSlab;
+    const int64_t slabs = panel.slabs(steps);
     for (int64_t s = 0; s < slabs; ++s) {
       const int64_t k = steps * s / slabs, count = steps * (s + 1) / slabs - k;
-      const uint8_t* a_slab = panel(k, count);
+      const Tiles a = panel.tiles(k, count);
       for (int64_t j = 0; j < n; ++j) {
         float* out = c + j * c_stride;
         begin_tiles(out, accumulate || s > 0);
@@ -232,7 +245,7 @@ struct AmxEngine {
         if (Epilogue::kNone || s + 1 < slabs || j == 0) {
           for (int64_t i = 0; i < count; ++i) {
             prefetcher.advance();
-            step(a_slab + i * kStepBytes, b_slab + i * kStepBytes);
+            step(a.data + i * a.step, a.stride, b_slab + i * kStepBytes);
           }
         } else if constexpr (!Epilogue::kNone) {
           const int piece = static_cast<int>((kPanel / 2 + count - 1) / count) * 2;
@@ -240,7 +253,7 @@ struct AmxEngine {
           work.begin(j - 1);
           for (int64_t i = 0; i < count; ++i) {
             prefetcher.advance();
-            step(a_slab + i * kStepBytes, b_slab + i * kStepBytes);
+            step(a.data + i * a.step, a.stride, b_slab + i * kStepBytes);
             work.advance(piece);
           }
           work.end();
@@ -345,9 +358,9 @@ struct AmxEngine {
     LLDFAST_TILE_LOAD_ONCE(7, b + kTileBytes, 64);
   }
 
-  static LLDFAST_INLINE void load_a(const uint8_t* a) {
-    LLDFAST_TILE_LOAD(4, a, 64);
-    LLDFAST_TILE_LOAD(5, a + kTileBytes, 64);
+  static LLDFAST_INLINE void load_a(const uint8_t* a, int64_t stride) {
+    LLDFAST_TILE_LOAD(4, a, stride);
+    LLDFAST_TILE_LOAD(5, a + 16 * stride, stride);
   }
 
   static LLDFAST_INLINE void dot() {
@@ -357,12 +370,12 @@ struct AmxEngine {
     LLDFAST_TILE_DOT(3, 5, 7);
   }
 
-  static LLDFAST_INLINE void step(const uint8_t* a, const uint8_t* b) {
-    load_a(a);
+  static LLDFAST_INLINE void step(const uint8_t* a, int64_t stride, const uint8_t* b) {
+    load_a(a, stride);
     load_b(b);
     dot();
     if constexpr (kParts == 2) {
-      load_a(a + 2 * kTileBytes);
+      load_a(a + 2 * kTileBytes, stride);
       dot();
       load_b(b + 2 * kTileBytes);
       dot();

@@ -159,7 +159,7 @@ struct Backward {
   int32_t* label;
   float *lse, *g, *coefficient, *label_grad;
 
-  static int64_t tokens_of_chunk(int threads) { return at_most(8192, 512 * threads); }
+  static int64_t tokens_of_chunk(int threads) { return at_most(8192, threads <= 2 ? 512 : 256 * threads); }
 
   Backward(const LinearLogprobArgs& a, const LinearLogprobGrad& d)
       : args(a),

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lldfast_kernels import linear_logprob, logprob, tuning
+from lldfast_kernels import common, linear_logprob, logprob, tuning
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POINTERS = {
@@ -83,8 +83,8 @@ def specs(capability: int) -> list[Spec]:
         for shape, width in tiles.items():
             found += _linear(name, shape, width, capability)
     combine = {"ARGMAX": True, "ENTROPY": True, "BLOCK_T": 128}
-    found.append(Spec("logprob_combine", logprob.logprob_combine_kernel, "fp32", combine))
-    found.append(Spec("column_sum", logprob.column_sum_kernel, "fp32", {"ADD": True, "BLOCK_V": 1024}))
+    found.append(Spec("logprob_combine", common.logprob_combine_kernel, "fp32", combine))
+    found.append(Spec("column_sum", common.column_sum_kernel, "fp32", {"ADD": True, "BLOCK_V": 1024}))
     return found
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lldfast_kernels import tuning
-from lldfast_kernels.logprob import (
+from lldfast_kernels.common import (
     INT_MAX,
     LOG2E,
     Outputs,
