@@ -31,7 +31,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 @triton.jit
 def tanh(x):
     """Relative error about 2e-7; an exponential alone would lose the digits of a small x. The interpreter has no libdevice."""
-    t = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - t) / (1.0 + t)
     x2 = x * x
     near = x + x * x2 * (-0.33333334 + x2 * (0.13333334 + x2 * (-0.053968254 + x2 * 0.021869488)))

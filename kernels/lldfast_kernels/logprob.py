@@ -250,8 +250,11 @@ def logprob_bias_kernel(
         x = tl.load(x_ptr + tl.cast(row, tl.int64) * stride_xt + col, mask=real, other=0.0).to(tl.float32)
         z = transform(x, b, softcap, scale, HAS_BIAS, SOFTCAP)
         y = local_label(tl.load(label_ptr + row), vocab)
-        lse = tl.load(lse_ptr + row)
-        acc += logit_grad(z, col == y, lse, tl.load(g_ptr + row), tl.load(h_ptr + row), softcap, scale, SOFTCAP)
+        g = tl.load(g_ptr + row)
+        h = tl.load(h_ptr + row)
+        dz = logit_grad(z, col == y, tl.load(lse_ptr + row), g, h, softcap, scale, SOFTCAP)
+        # Nothing is asked of an ignored token: 0 times its NaN, or times its e^z against no lse, must not enter the sum.
+        acc += tl.where((g == 0) & (h == 0), 0.0, dz)
     tl.store(part_ptr + group.to(tl.int64) * V + col, tl.where(real, acc, 0.0), mask=col < V)
 
 
@@ -337,7 +340,8 @@ def logprob_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of sum(g logprob + h lse): by the logits, in their dtype and 0 behind vocab, and by the bias, fp32 [V].
 
-    Size 0 where not needed. `out` takes the first; it may be `logits`, which are then gone.
+    Size 0 where not needed. `out` takes the first; it may be `logits`, which are then gone. A token with g = h = 0 adds nothing
+    to the bias gradient, whatever its logits hold; a NaN among them stays in its row of the first.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.

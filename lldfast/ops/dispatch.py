@@ -13,9 +13,9 @@ PRECISIONS = (None, "fp32", "bf16", "bf16x3")
 
 @torch.compiler.assume_constant_result
 def _choose(op: str, backend: str, device: str, wide: bool) -> str:
-    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return "triton"  # asked for by name: the interpreter is for checks
-    name = resolve(op, backend, device)
+    # Only where it is asked for by name: the interpreter is for checks.
+    interpreted = backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    name = "triton" if interpreted else resolve(op, backend, device)
     if name == "torch":
         return name
     if backend == "auto":

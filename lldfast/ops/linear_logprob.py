@@ -50,6 +50,7 @@ class Options(NamedTuple):
         )
 
     def triton(self, vocab: int, bias: Tensor | None) -> dict[str, Any]:
+        bias = None if bias is None else bias.float()
         return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "vocab": vocab}
 
     def factors(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,7 @@ class Options(NamedTuple):
         return is_shard(logits.shape[1], self.valid_vocab, self.vocab_start)
 
     def triton(self, vocab: int, bias: Tensor | None) -> dict[str, Any]:
+        bias = None if bias is None else bias.float()
         return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "vocab": vocab}
 
 
