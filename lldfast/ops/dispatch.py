@@ -1,5 +1,6 @@
 """Which implementation of an op serves a call, decided before the op is entered: inside it, everything is plain numbers."""
 
+import importlib.util
 import os
 
 import torch
@@ -15,6 +16,8 @@ PRECISIONS = (None, "fp32", "bf16", "bf16x3")
 def _choose(op: str, backend: str, device: str, wide: bool) -> str:
     # Only where it is asked for by name: the interpreter is for checks.
     interpreted = backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and importlib.util.find_spec("triton") is None:
+        raise InputError("backend 'triton': TRITON_INTERPRET=1 is set, but triton is not installed")
     name = "triton" if interpreted else resolve(op, backend, device)
     if name == "torch":
         return name
