@@ -18,9 +18,12 @@ namespace {
 constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 
 #if defined(__x86_64__)
-bool has_bit(uint32_t word, int bit) { return (word >> bit) & 1u; }
+bool has_bit(uint32_t word, int bit) {
+  return (word >> bit) & 1u;
+}
 
-// XCR0: which register states the operating system saves. Without them the instructions fault even where CPUID has them.
+// XCR0: which register states the operating system saves. Without them the instructions fault even where CPUID has
+// them.
 uint64_t saved_states() {
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -60,7 +63,9 @@ Isa best_isa() {
   return Isa::kAmx;
 }
 #else
-Isa best_isa() { return Isa::kScalar; }
+Isa best_isa() {
+  return Isa::kScalar;
+}
 #endif
 
 std::string join(const std::vector<Isa>& isas) {

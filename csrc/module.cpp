@@ -34,8 +34,8 @@ uint64_t xxh3_64(const py::buffer& buffer) {
   return lldfast::xxh3_64(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size * info.itemsize));
 }
 
-py::object gather(const Indices& addresses, const Indices& sizes, int itemsize, int64_t vocab_size, const Indices& domain,
-                  const Indices& start, int64_t length, uintptr_t x, uintptr_t y) {
+py::object gather(const Indices& addresses, const Indices& sizes, int itemsize, int64_t vocab_size,
+                  const Indices& domain, const Indices& start, int64_t length, uintptr_t x, uintptr_t y) {
   const int64_t n_domains = addresses.size(), rows = domain.size();
   if (sizes.size() != n_domains) throw py::value_error("gather: addresses and sizes differ in length");
   if (start.size() != rows) throw py::value_error("gather: domain and start differ in length");
@@ -52,9 +52,9 @@ py::object gather(const Indices& addresses, const Indices& sizes, int itemsize, 
                             std::to_string(n_domains));
     }
     if (start.at(row) < 0 || start.at(row) >= shards[k].size || length >= shards[k].size) {
-      throw py::index_error("gather: row " + std::to_string(row) + " reads " + std::to_string(length + 1) + " tokens at " +
-                            std::to_string(start.at(row)) + " of domain " + std::to_string(k) + ", which has " +
-                            std::to_string(shards[k].size));
+      throw py::index_error("gather: row " + std::to_string(row) + " reads " + std::to_string(length + 1) +
+                            " tokens at " + std::to_string(start.at(row)) + " of domain " + std::to_string(k) +
+                            ", which has " + std::to_string(shards[k].size));
     }
   }
   lldfast::BadToken bad;
@@ -106,23 +106,27 @@ lldfast::LogprobOut outputs(const std::array<uintptr_t, 5>& a) {
           reinterpret_cast<float*>(a[3]), reinterpret_cast<float*>(a[4])};
 }
 
-const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
-const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
+const float* floats(uintptr_t address) {
+  return reinterpret_cast<const float*>(address);
+}
+const int64_t* integers(uintptr_t address) {
+  return reinterpret_cast<const int64_t*>(address);
+}
 
 void check_sizes(int64_t tokens, int64_t vocab, int threads) {
   if (tokens < 1 || vocab < 1 || threads < 1) throw py::value_error("tokens, vocab and threads must be at least 1");
   if (vocab > INT32_MAX) throw py::value_error("the kernels number the vocabulary in 32 bits");
 }
 
-lldfast::LogprobArgs logprob_args(const MatrixTuple& logits, uintptr_t rows, int64_t tokens, int64_t vocab, uintptr_t labels,
-                                  uintptr_t bias, float softcap, float logit_scale, int threads) {
+lldfast::LogprobArgs logprob_args(const MatrixTuple& logits, uintptr_t rows, int64_t tokens, int64_t vocab,
+                                  uintptr_t labels, uintptr_t bias, float softcap, float logit_scale, int threads) {
   check_sizes(tokens, vocab, threads);
   return {matrix(logits), integers(rows), tokens, vocab, integers(labels), floats(bias), softcap, logit_scale, threads};
 }
 
 lldfast::LinearLogprobArgs linear_args(const MatrixTuple& hidden, uintptr_t rows, int64_t tokens, int64_t width,
-                                       const MatrixTuple& weight, int64_t vocab, uintptr_t labels, uintptr_t bias, float softcap,
-                                       float logit_scale, const std::string& precision, int threads) {
+                                       const MatrixTuple& weight, int64_t vocab, uintptr_t labels, uintptr_t bias,
+                                       float softcap, float logit_scale, const std::string& precision, int threads) {
   check_sizes(tokens, vocab, threads);
   return {matrix(hidden),   integers(rows), tokens,  width,       matrix(weight),          vocab,
           integers(labels), floats(bias),   softcap, logit_scale, precision_of(precision), threads};
@@ -132,14 +136,16 @@ lldfast::LinearLogprobArgs linear_args(const MatrixTuple& hidden, uintptr_t rows
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of lldfast";
-  m.def("isa", [] { return std::string(lldfast::isa_name(lldfast::active_isa())); },
-        "The instruction set in use: the best one here, or LLDFAST_ISA. ValueError when LLDFAST_ISA cannot be had.");
+  m.def(
+      "isa", [] { return std::string(lldfast::isa_name(lldfast::active_isa())); },
+      "The instruction set in use: the best one here, or LLDFAST_ISA. ValueError when LLDFAST_ISA cannot be had.");
   m.def("supported_isas", &supported_isas, "The instruction sets of this machine, in rising order.");
   m.def("xxh3_64", &xxh3_64, py::arg("buffer"), "XXH3 (64 bits, seed 0) of a contiguous buffer.");
-  m.def("gather", &gather, py::arg("addresses"), py::arg("sizes"), py::arg("itemsize"), py::arg("vocab_size"),
-        py::arg("domain"), py::arg("start"), py::arg("length"), py::arg("x"), py::arg("y"),
-        "Fill x and y (addresses of int64 [rows, length]) with windows and next tokens; None, or (row, position, token) "
-        "of the first token id at or above vocab_size.");
+  m.def(
+      "gather", &gather, py::arg("addresses"), py::arg("sizes"), py::arg("itemsize"), py::arg("vocab_size"),
+      py::arg("domain"), py::arg("start"), py::arg("length"), py::arg("x"), py::arg("y"),
+      "Fill x and y (addresses of int64 [rows, length]) with windows and next tokens; None, or (row, position, token) "
+      "of the first token id at or above vocab_size.");
 
   // Given logits: csrc/cpu/logprob.h. Hidden states and head: csrc/cpu/linear_logprob.h. isa "" is the one in use.
   m.def("logprob_fwd",
@@ -150,38 +156,37 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           lldfast::logprob_forward(chosen, args, outputs(out));
         });
-  m.def("logprob_bwd",
-        [](const MatrixTuple& logits, uintptr_t rows, int64_t tokens, int64_t vocab, uintptr_t labels, uintptr_t bias,
-           float softcap, float logit_scale, int threads, const std::string& isa, uintptr_t lse, uintptr_t g, uintptr_t h,
-           const MatrixTuple& dlogits, uintptr_t dbias) {
-          const auto args = logprob_args(logits, rows, tokens, vocab, labels, bias, softcap, logit_scale, threads);
-          const lldfast::LogprobGrad grad = {floats(lse), floats(g), floats(h), mutable_matrix(dlogits),
-                                             reinterpret_cast<float*>(dbias)};
-          const lldfast::Isa chosen = isa_of(isa);
-          py::gil_scoped_release release;
-          lldfast::logprob_backward(chosen, args, grad);
-        });
-  m.def("linear_logprob_fwd",
-        [](const MatrixTuple& hidden, uintptr_t rows, int64_t tokens, int64_t width, const MatrixTuple& weight, int64_t vocab,
-           uintptr_t labels, uintptr_t bias, float softcap, float logit_scale, const std::string& precision, int threads,
-           const std::string& isa, const std::array<uintptr_t, 5>& out) {
-          const auto args = linear_args(hidden, rows, tokens, width, weight, vocab, labels, bias, softcap, logit_scale, precision,
-                                        threads);
-          const lldfast::Isa chosen = isa_of(isa);
-          py::gil_scoped_release release;
-          lldfast::linear_logprob_forward(chosen, args, outputs(out));
-        });
-  m.def("linear_logprob_bwd",
-        [](const MatrixTuple& hidden, uintptr_t rows, int64_t tokens, int64_t width, const MatrixTuple& weight, int64_t vocab,
-           uintptr_t labels, uintptr_t bias, float softcap, float logit_scale, const std::string& precision, int threads,
-           const std::string& isa, uintptr_t lse, uintptr_t g, uintptr_t h, const MatrixTuple& dh, const MatrixTuple& dw,
-           uintptr_t dbias) {
-          const auto args = linear_args(hidden, rows, tokens, width, weight, vocab, labels, bias, softcap, logit_scale, precision,
-                                        threads);
-          const lldfast::LinearLogprobGrad grad = {floats(lse),        floats(g), floats(h), mutable_matrix(dh),
-                                                   mutable_matrix(dw), reinterpret_cast<float*>(dbias)};
-          const lldfast::Isa chosen = isa_of(isa);
-          py::gil_scoped_release release;
-          lldfast::linear_logprob_backward(chosen, args, grad);
-        });
+  m.def("logprob_bwd", [](const MatrixTuple& logits, uintptr_t rows, int64_t tokens, int64_t vocab, uintptr_t labels,
+                          uintptr_t bias, float softcap, float logit_scale, int threads, const std::string& isa,
+                          uintptr_t lse, uintptr_t g, uintptr_t h, const MatrixTuple& dlogits, uintptr_t dbias) {
+    const auto args = logprob_args(logits, rows, tokens, vocab, labels, bias, softcap, logit_scale, threads);
+    const lldfast::LogprobGrad grad = {floats(lse), floats(g), floats(h), mutable_matrix(dlogits),
+                                       reinterpret_cast<float*>(dbias)};
+    const lldfast::Isa chosen = isa_of(isa);
+    py::gil_scoped_release release;
+    lldfast::logprob_backward(chosen, args, grad);
+  });
+  m.def("linear_logprob_fwd", [](const MatrixTuple& hidden, uintptr_t rows, int64_t tokens, int64_t width,
+                                 const MatrixTuple& weight, int64_t vocab, uintptr_t labels, uintptr_t bias,
+                                 float softcap, float logit_scale, const std::string& precision, int threads,
+                                 const std::string& isa, const std::array<uintptr_t, 5>& out) {
+    const auto args =
+        linear_args(hidden, rows, tokens, width, weight, vocab, labels, bias, softcap, logit_scale, precision, threads);
+    const lldfast::Isa chosen = isa_of(isa);
+    py::gil_scoped_release release;
+    lldfast::linear_logprob_forward(chosen, args, outputs(out));
+  });
+  m.def("linear_logprob_bwd", [](const MatrixTuple& hidden, uintptr_t rows, int64_t tokens, int64_t width,
+                                 const MatrixTuple& weight, int64_t vocab, uintptr_t labels, uintptr_t bias,
+                                 float softcap, float logit_scale, const std::string& precision, int threads,
+                                 const std::string& isa, uintptr_t lse, uintptr_t g, uintptr_t h, const MatrixTuple& dh,
+                                 const MatrixTuple& dw, uintptr_t dbias) {
+    const auto args =
+        linear_args(hidden, rows, tokens, width, weight, vocab, labels, bias, softcap, logit_scale, precision, threads);
+    const lldfast::LinearLogprobGrad grad = {floats(lse),        floats(g),          floats(h),
+                                             mutable_matrix(dh), mutable_matrix(dw), reinterpret_cast<float*>(dbias)};
+    const lldfast::Isa chosen = isa_of(isa);
+    py::gil_scoped_release release;
+    lldfast::linear_logprob_backward(chosen, args, grad);
+  });
 }

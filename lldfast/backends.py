@@ -41,7 +41,7 @@ DEVICES: dict[str, tuple[str, ...]] = {
 _DEPENDENCIES = ("numpy", "pyarrow", "tiktoken", "tokenizers", "safetensors", "datasets", "transformers", "gguf", "xxhash")
 
 
-def _load(name: str) -> ModuleType | None:
+def compiled_module(name: str) -> ModuleType | None:
     """The compiled module lldfast.<name>, or None when it was not built."""
     full = f"lldfast.{name}"
     if importlib.util.find_spec(full) is None:
@@ -60,7 +60,7 @@ def extension() -> ModuleType | None:
         MissingDependencyError: the module is there but does not load.
         InputError: LLDFAST_ISA names an instruction set that is unknown, or that this machine lacks.
     """
-    module = _load("_C")
+    module = compiled_module("_C")
     if module is not None:
         try:
             module.isa()
@@ -113,7 +113,7 @@ def _triton() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    module = _load("_cuda")
+    module = compiled_module("_cuda")
     if module is None:
         return {"available": False, "reason": _absent("cuda"), "devices": []}
     found: dict[str, Any] = module.probe()

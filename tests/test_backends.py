@@ -42,7 +42,7 @@ def test_no_device_is_a_reason_and_no_crash():
 
 
 def test_cuda_device_is_seen():
-    if not torch.cuda.is_available() or module._load("_cuda") is None:
+    if not torch.cuda.is_available() or module.compiled_module("_cuda") is None:
         pytest.skip("needs a CUDA device and lldfast._cuda")
     found = module.backends()["cuda"]
     assert found["available"] and found["devices"][0]["name"] == torch.cuda.get_device_name(0)

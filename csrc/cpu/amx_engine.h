@@ -1,9 +1,9 @@
 // Matrix products in bf16 on AMX tiles with fp32 sums: C[32, 32] (+)= A[32, K] B[K, 32] for a panel A and blocks B.
 //
-// A tile is 16 rows of 64 bytes. A panel holds, per 32 steps of K, two tiles of A (16 rows x 32 k); a block two tiles of B (16
-// pairs of k x 16 columns, the pair's two values side by side). 2 x 2 tiles of C take 4 loads for 4 products, all from
-// contiguous memory. Tile instructions are written as assembly that clobbers memory: gcc 12 moves its intrinsics across the
-// stores they depend on.
+// A tile is 16 rows of 64 bytes. A panel holds, per 32 steps of K, two tiles of A (16 rows x 32 k); a block two tiles
+// of B (16 pairs of k x 16 columns, the pair's two values side by side). 2 x 2 tiles of C take 4 loads for 4 products.
+// Tile instructions are written as assembly that clobbers memory: gcc 12 moves its intrinsics across the stores they
+// depend on.
 #pragma once
 
 #include "cpu/softmax_block.h"
@@ -20,13 +20,13 @@ struct alignas(64) TileConfig {
 };
 
 #define LLDFAST_TILE_LOAD(tile, from, stride) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(static_cast<int64_t>(stride)) : "memory")
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(from), "r"(static_cast<int64_t>(stride)) : "memory")
 #define LLDFAST_TILE_LOAD_ONCE(tile, from, stride) \
-  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(static_cast<int64_t>(stride)) : "memory")
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile::"r"(from), "r"(static_cast<int64_t>(stride)) : "memory")
 #define LLDFAST_TILE_STORE(tile, to, stride) \
   __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(stride)) : "memory")
-#define LLDFAST_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
-#define LLDFAST_TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+#define LLDFAST_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile::)
+#define LLDFAST_TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
 
 constexpr int64_t kTileBytes = 1024;
 
@@ -45,7 +45,8 @@ LLDFAST_INLINE void transpose(__m512i (&x)[16]) {
   }
   for (int j = 0; j < 4; ++j) {
     const __m512i a = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88), b = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88), d = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88),
+                  d = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
     y[j] = _mm512_shuffle_i32x4(a, c, 0x88);
     y[j + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
     y[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
@@ -56,14 +57,14 @@ LLDFAST_INLINE void transpose(__m512i (&x)[16]) {
 
 // Words a0 b0 a1 b1 ...: the values of two rows side by side.
 LLDFAST_INLINE __m512i pair_low(__m512i a, __m512i b) {
-  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
-                                         4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   return _mm512_permutex2var_epi16(a, order, b);
 }
 
 LLDFAST_INLINE __m512i pair_high(__m512i a, __m512i b) {
-  const __m512i order = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53, 21,
-                                         52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+  const __m512i order = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22,
+                                         53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
   return _mm512_permutex2var_epi16(a, order, b);
 }
 
@@ -71,8 +72,9 @@ LLDFAST_INLINE __m512i to_bf16(F low, F high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
 }
 
-// kTerms 1: inputs rounded to bf16. 3: inputs split into a high and a low bf16 part each, W H = Wl Hh + Wh Hh + Wh Hl; the fourth
-// product is below fp32's own rounding. A step then holds both parts of both operands: 8 loads for 12 products.
+// kTerms 1: inputs rounded to bf16. 3: inputs split into a high and a low bf16 part each, W H = Wl Hh + Wh Hh + Wh Hl;
+// the fourth product is below fp32's own rounding. A step then holds both parts of both operands: 8 loads for 12
+// products.
 template <int kTerms>
 struct AmxEngine {
   static constexpr int kParts = kTerms == 1 ? 1 : 2;
@@ -104,9 +106,9 @@ struct AmxEngine {
     Tiles tiles(int64_t k, int64_t) const { return {data + k * kStepBytes, 64, kStepBytes}; }
   };
 
-  // Rows [first, first + n) of the weight. A bf16 weight is a panel as it lies: a tile load takes 16 rows at any distance. Others,
-  // and odd widths and ends, are packed a slab at a time: what was just stored is read from the first cache. A packed copy of the
-  // whole weight would cost its memory again, and go stale.
+  // Rows [first, first + n) of the weight. A bf16 weight is a panel as it lies: a tile load takes 16 rows at any
+  // distance. Others, and odd widths and ends, are packed a slab at a time: what was just stored is read from the first
+  // cache. A packed copy of the whole weight would cost its memory again, and go stale.
   struct WeightPanel {
     const AmxEngine& engine;
     const Matrix& weight;
@@ -126,7 +128,8 @@ struct AmxEngine {
 
   static constexpr int64_t kChunkRows = 512;
   static constexpr int64_t kGroupBytes = 1152 << 10;
-  static constexpr int64_t kSlab = 12 / kParts;  // steps whose part of A, 24 KB, stays in the first cache while the blocks pass
+  static constexpr int64_t kSlab =
+      12 / kParts;  // steps whose part of A, 24 KB, stays in the first cache while the blocks pass
   static constexpr int64_t kStep = 32;
 
   // How often multiply() advances its prefetcher.
@@ -164,8 +167,10 @@ struct AmxEngine {
     }
     high = to_bf16(reinterpret_cast<F>(a), reinterpret_cast<F>(b));
     if constexpr (kParts == 1) return;
-    const __m512 a_high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16));
-    const __m512 b_high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16));
+    const __m512 a_high =
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16));
+    const __m512 b_high =
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16));
     low = to_bf16(reinterpret_cast<F>(_mm512_sub_ps(a, a_high)), reinterpret_cast<F>(_mm512_sub_ps(b, b_high)));
   }
 
@@ -201,7 +206,8 @@ struct AmxEngine {
                   Prefetcher prefetcher) const {
     const uint8_t* from = static_cast<const uint8_t*>(weight.row(first));
     const int64_t stride = weight.stride * itemsize(weight.dtype);
-    // Step by step, so that the stores are contiguous: those of one row would all fall into two sets of the first cache.
+    // Step by step, so that the stores are contiguous: those of one row would all fall into two sets of the first
+    // cache.
     for (int64_t column = k * 32; column < (k + count) * 32; column += 32, to += kStepBytes) {
       prefetcher.advance();
       if (kParts == 1 && weight.dtype == DType::kBf16 && n == kPanel && column + 32 <= width) {
@@ -229,11 +235,11 @@ struct AmxEngine {
   }
   PackedPanel packed_panel(const uint8_t* packed) const { return {packed}; }
 
-  // C[j] (+)= A B[j] for n blocks. The epilogue of block j - 1 runs between the tile products of block j: the tile unit works
-  // for 16 cycles on a product, and the vector ports are idle meanwhile.
+  // C[j] (+)= A B[j] for n blocks. The epilogue of block j - 1 runs between the tile products of block j: the tile unit
+  // works for 16 cycles on a product, and the vector ports are idle meanwhile.
   template <class Panel, class Epilogue>
-  static void multiply(const Panel& panel, int64_t steps, const uint8_t* b, int64_t b_stride, int64_t n, float* c, int64_t c_stride,
-                       bool accumulate, Epilogue* epilogue, Prefetcher prefetcher) {
+  static void multiply(const Panel& panel, int64_t steps, const uint8_t* b, int64_t b_stride, int64_t n, float* c,
+                       int64_t c_stride, bool accumulate, Epilogue* epilogue, Prefetcher prefetcher) {
     const int64_t slabs = panel.slabs(steps);
     for (int64_t s = 0; s < slabs; ++s) {
       const int64_t k = steps * s / slabs, count = steps * (s + 1) / slabs - k;
@@ -269,8 +275,9 @@ struct AmxEngine {
   }
 
   struct Gradient {
-    uint8_t* by_row;    // panels A of dW = dz^T H: [kChunkRows / 32][blocks] x 2 tiles of 16 rows x 32 tokens
-    uint8_t* by_block;  // blocks B of dH^T = W^T dz: [blocks][kChunkRows / 32] x 2 tiles of 16 pairs of rows x 16 tokens
+    uint8_t* by_row;  // panels A of dW = dz^T H: [kChunkRows / 32][blocks] x 2 tiles of 16 rows x 32 tokens
+    uint8_t*
+        by_block;  // blocks B of dH^T = W^T dz: [blocks][kChunkRows / 32] x 2 tiles of 16 pairs of rows x 16 tokens
     int64_t tokens;
   };
 
@@ -283,8 +290,8 @@ struct AmxEngine {
     _mm512_store_si512(a, to_bf16(pair[0][0], pair[0][1]));
     _mm512_store_si512(a + 64, to_bf16(pair[1][0], pair[1][1]));
     uint8_t* b = to.by_block + (block * (kChunkRows / kPanel) + panel) * kStepBytes + r / 2 * 64;
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                                20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int i = 0; i < 2; ++i) {
       _mm512_store_si512(b + i * kTileBytes, _mm512_permutexvar_epi16(interleave, to_bf16(pair[0][i], pair[1][i])));
     }

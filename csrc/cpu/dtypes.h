@@ -7,7 +7,9 @@ namespace lldfast {
 
 enum class DType { kF32, kBf16, kF16 };
 
-inline int64_t itemsize(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+inline int64_t itemsize(DType dtype) {
+  return dtype == DType::kF32 ? 4 : 2;
+}
 
 // Rows of unit column stride; `stride` is in elements.
 struct Matrix {

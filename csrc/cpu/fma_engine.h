@@ -23,7 +23,8 @@ struct FmaEngine {
     Part operator()(int64_t k, int64_t) const { return {data + k * k_stride, row_stride, k_stride}; }
   };
 
-  // Of rows [first, first + n) of the weight, packed a slab at a time: what is multiplied next stays in the first cache.
+  // Of rows [first, first + n) of the weight, packed a slab at a time: what is multiplied next stays in the first
+  // cache.
   struct WeightPanel {
     const FmaEngine& engine;
     const Matrix& weight;
@@ -34,7 +35,8 @@ struct FmaEngine {
       for (int64_t r = 0; r < kPanel; ++r) {
         float* to = slab + r * kSlab;
         if (r < n) {
-          engine.stage(to, static_cast<const uint8_t*>(weight.row(first + r)) + k * itemsize(weight.dtype), weight.dtype, count);
+          engine.stage(to, static_cast<const uint8_t*>(weight.row(first + r)) + k * itemsize(weight.dtype),
+                       weight.dtype, count);
         } else {
           std::memset(to, 0, static_cast<size_t>(count) * 4);
         }
@@ -44,19 +46,21 @@ struct FmaEngine {
   };
 
   static constexpr int64_t kChunkRows = 256;          // vocabulary rows that the backward keeps dz of
-  static constexpr int64_t kGroupBytes = 1536 << 10;   // packed tokens that stay in the second cache
-  static constexpr int64_t kSlab = 96;               // steps of K whose part of B stays in the first cache
+  static constexpr int64_t kGroupBytes = 1536 << 10;  // packed tokens that stay in the second cache
+  static constexpr int64_t kSlab = 96;                // steps of K whose part of B stays in the first cache
   static constexpr int64_t kStep = 1;
 
   // How often multiply() advances its prefetcher.
   static int64_t advances(int64_t steps, int64_t n) { return (steps <= kSlab ? 1 : (steps + kSlab - 1) / kSlab) * n; }
 
-  const int64_t width;   // of hidden states, padded to whole blocks for the gradients
+  const int64_t width;  // of hidden states, padded to whole blocks for the gradients
   const int64_t padded;
-  const bool rounded;    // inputs to bf16 first
+  const bool rounded;  // inputs to bf16 first
 
   explicit FmaEngine(const LinearLogprobArgs& args)
-      : width(args.width), padded(args.width == 0 ? 32 : (args.width + 31) / 32 * 32), rounded(args.precision == Precision::kBf16) {}
+      : width(args.width),
+        padded(args.width == 0 ? 32 : (args.width + 31) / 32 * 32),
+        rounded(args.precision == Precision::kBf16) {}
 
   int64_t k_steps() const { return width; }
   int64_t block_bytes() const { return width * kBlock * 4; }
@@ -153,7 +157,9 @@ struct FmaEngine {
     }
   }
 
-  static PackedPanel gradient_panel(const Gradient& from, int64_t row) { return {from.by_row + row * from.tokens, from.tokens, 1}; }
+  static PackedPanel gradient_panel(const Gradient& from, int64_t row) {
+    return {from.by_row + row * from.tokens, from.tokens, 1};
+  }
   static const uint8_t* gradient_block(const Gradient& from, int64_t block) {
     return reinterpret_cast<const uint8_t*>(from.by_block + block * kChunkRows * kBlock);
   }
@@ -176,7 +182,9 @@ struct FmaEngine {
       for (int64_t t = 0; t < kBlock; ++t) std::memcpy(out + t * kBlock, rows + t * padded + j * kBlock, kBlock * 4);
     }
   }
-  static const uint8_t* columns_at(const uint8_t* columns, int64_t block) { return columns + block * kBlock * kBlock * 4; }
+  static const uint8_t* columns_at(const uint8_t* columns, int64_t block) {
+    return columns + block * kBlock * kBlock * 4;
+  }
 
  private:
 #if defined(__AVX512F__)
@@ -190,7 +198,8 @@ struct FmaEngine {
   static void multiply_block(const Part& a, int64_t steps, const float* b, float* c, bool accumulate, int64_t ahead) {
     for (int lane = 0; lane < kBlock; lane += 2 * kWidth) {
       int row = 0;
-      for (; row + kRows <= kPanel; row += kRows) multiply_rows<kRows>(a, row, steps, b + lane, c + lane, accumulate, ahead);
+      for (; row + kRows <= kPanel; row += kRows)
+        multiply_rows<kRows>(a, row, steps, b + lane, c + lane, accumulate, ahead);
       constexpr int kRest = kPanel % kRows;
       if constexpr (kRest > 0) multiply_rows<kRest>(a, row, steps, b + lane, c + lane, accumulate, ahead);
     }
@@ -204,7 +213,8 @@ struct FmaEngine {
     for (int r = 0; r < kN; ++r) {
       for (int i = 0; i < 2; ++i) sum[r][i] = accumulate ? load(c + (row + r) * kBlock + i * kWidth) : splat(0.0f);
     }
-    // Four rows to a pointer: the addressing modes reach them by multiples of the stride, and no row needs a register of its own.
+    // Four rows to a pointer: the addressing modes reach them by multiples of the stride, and no row needs a register
+    // of its own.
     const float* from[(kN + 3) / 4];
     for (int q = 0; q < (kN + 3) / 4; ++q) from[q] = a.data + (row + 4 * q) * a.row_stride;
     const int64_t stride = a.row_stride, k_stride = a.k_stride;

@@ -2,8 +2,9 @@
 //
 //   z = softcap(logit_scale * (H W^T + bias)),   logprob_t = z_t[y_t] - logsumexp(z_t)
 //
-// The vocabulary is walked in panels of 32 rows against blocks of 32 tokens. A block of logits is z^T: its rows are vocabulary
-// entries and its lanes are tokens, so maxima and sums are held per lane and nothing is ever summed across a vector.
+// The vocabulary is walked in panels of 32 rows against blocks of 32 tokens. A block of logits is z^T: its rows are
+// vocabulary entries and its lanes are tokens, so maxima and sums are held per lane and nothing is ever summed across a
+// vector.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +34,8 @@ struct LinearLogprobArgs {
   int threads;
 };
 
-// Gradient of sum_t g_t logprob_t + h_t lse_t. g, h, lse are by row of hidden. Null outputs are not computed; rows of dh that
-// are not in `rows`, and rows of dw behind vocab, are left as they are.
+// Gradient of sum_t g_t logprob_t + h_t lse_t. g, h, lse are by row of hidden. Null outputs are not computed; rows of
+// dh that are not in `rows`, and rows of dw behind vocab, are left as they are.
 struct LinearLogprobGrad {
   const float* lse;
   const float* g;
@@ -48,8 +49,8 @@ void linear_logprob_forward(Isa isa, const LinearLogprobArgs& args, const Logpro
 void linear_logprob_backward(Isa isa, const LinearLogprobArgs& args, const LinearLogprobGrad& grad);
 
 // Per instruction set; kFp32 everywhere, the other precisions by the AMX file alone.
-#define LLDFAST_DECLARE(isa)                                                                         \
-  void linear_logprob_forward_##isa(const LinearLogprobArgs& args, const LogprobOut& out);     \
+#define LLDFAST_DECLARE(isa)                                                               \
+  void linear_logprob_forward_##isa(const LinearLogprobArgs& args, const LogprobOut& out); \
   void linear_logprob_backward_##isa(const LinearLogprobArgs& args, const LinearLogprobGrad& grad);
 LLDFAST_DECLARE(scalar)
 LLDFAST_DECLARE(avx2)

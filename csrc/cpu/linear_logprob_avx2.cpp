@@ -3,7 +3,9 @@
 
 namespace lldfast {
 
-void linear_logprob_forward_avx2(const LinearLogprobArgs& args, const LogprobOut& out) { forward<FmaEngine>(args, out); }
+void linear_logprob_forward_avx2(const LinearLogprobArgs& args, const LogprobOut& out) {
+  forward<FmaEngine>(args, out);
+}
 
 void linear_logprob_backward_avx2(const LinearLogprobArgs& args, const LinearLogprobGrad& grad) {
   backward<FmaEngine>(args, grad);

@@ -9,14 +9,20 @@
 namespace lldfast {
 namespace {
 
-// Splits of the vocabulary, whose statistics are combined in their order: a token's value must not depend on how many threads
-// or tokens there are, so the splits depend on nothing.
+// Splits of the vocabulary, whose statistics are combined in their order: a token's value must not depend on how many
+// threads or tokens there are, so the splits depend on nothing.
 constexpr int64_t kSplitRows = 8192;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t at_most(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
-inline int64_t token_row(const LinearLogprobArgs& args, int64_t t) { return args.rows == nullptr ? t : args.rows[t]; }
+inline int64_t token_row(const LinearLogprobArgs& args, int64_t t) {
+  return args.rows == nullptr ? t : args.rows[t];
+}
 
 inline int32_t local_label(const LinearLogprobArgs& args, int64_t t) {
   if (t >= args.tokens) return -1;
@@ -24,7 +30,8 @@ inline int32_t local_label(const LinearLogprobArgs& args, int64_t t) {
   return label >= 0 && label < args.vocab ? static_cast<int32_t>(label) : -1;
 }
 
-// Forward: threads take groups of token blocks, whose packed hidden states stay in the second cache while the vocabulary passes.
+// Forward: threads take groups of token blocks, whose packed hidden states stay in the second cache while the
+// vocabulary passes.
 
 template <class Engine, bool kArgmax, bool kEntropy>
 struct Forward {
@@ -94,10 +101,11 @@ struct Forward {
         const int64_t end = at_most((s + 1) * kSplitRows, args.vocab);
         for (int64_t v = s * kSplitRows; v < end; v += kPanel) {
           const int64_t rows = at_most(kPanel, end - v), left = end - v - rows;
-          const Prefetcher next_panel(args.weight, v + rows, at_most(kPanel, left), args.width, Engine::advances(steps, n));
+          const Prefetcher next_panel(args.weight, v + rows, at_most(kPanel, left), args.width,
+                                      Engine::advances(steps, n));
           epilogue.panel(v, static_cast<int>(rows));
-          Engine::multiply(engine.weight_panel(args.weight, v, rows, slab), steps, packed, engine.block_bytes(), n, z, kTile, false,
-                           &epilogue, next_panel);
+          Engine::multiply(engine.weight_panel(args.weight, v, rows, slab), steps, packed, engine.block_bytes(), n, z,
+                           kTile, false, &epilogue, next_panel);
         }
       }
       if (ranges == 1) finish(g, thread);
@@ -108,7 +116,8 @@ struct Forward {
     const int64_t first = g * group * kBlock, n = at_most(group * kBlock, args.tokens - first);
     for (int64_t t = 0; t < n; ++t) {
       Total total;
-      for (int64_t s = 0; s < splits; ++s) total.add(lanes[(slot * splits + s) * group + t / kBlock], static_cast<int>(t % kBlock));
+      for (int64_t s = 0; s < splits; ++s)
+        total.add(lanes[(slot * splits + s) * group + t / kBlock], static_cast<int>(t % kBlock));
       const double log_sum = std::isinf(total.max) && !std::isnan(total.sum) ? 0.0 : std::log(total.sum);
       const int64_t row = token_row(args, first + t);
       out.lse[row] = static_cast<float>(total.max + log_sum);
@@ -117,7 +126,8 @@ struct Forward {
         out.argmax[row] = total.best;
         out.top[row] = static_cast<float>(total.max);
       }
-      if (kEntropy) out.entropy[row] = std::isinf(total.max) ? kNaN : static_cast<float>(log_sum - total.moment / total.sum);
+      if (kEntropy)
+        out.entropy[row] = std::isinf(total.max) ? kNaN : static_cast<float>(log_sum - total.moment / total.sum);
     }
   }
 };
@@ -136,9 +146,10 @@ void forward(const LinearLogprobArgs& args, const LogprobOut& out) {
   }
 }
 
-// Backward: chunks of the vocabulary outside, chunks of tokens inside. For each pair the logits are computed again and dz is kept in the
-// two layouts that the products want; then dH^T += W^T dz by threads over tokens, and dW = dz^T H by threads over vocabulary
-// rows. Every sum runs in the order of tokens or of vocabulary rows, so gradients do not depend on the number of threads.
+// Backward: chunks of the vocabulary outside, chunks of tokens inside. For each pair the logits are computed again and
+// dz is kept in the two layouts that the products want; then dH^T += W^T dz by threads over tokens, and dW = dz^T H by
+// threads over vocabulary rows. Every sum runs in the order of tokens or of vocabulary rows, so gradients do not depend
+// on the number of threads.
 
 template <class Engine>
 struct Backward {
@@ -215,7 +226,8 @@ struct Backward {
     run_team(threads, [](void* self, int i) { static_cast<Backward*>(self)->work(i); }, this);
   }
 
-  // Tokens by label: a chain per chunk of the vocabulary would do, but labels of one row must come in the order of tokens.
+  // Tokens by label: a chain per chunk of the vocabulary would do, but labels of one row must come in the order of
+  // tokens.
   void order_labels() {
     int64_t* order = reinterpret_cast<int64_t*>(label_order.bytes());
     for (int64_t t = 0; t < blocks * kBlock; ++t) order[t] = static_cast<int64_t>(label[t]) * (int64_t{1} << 32) + t;
@@ -265,9 +277,9 @@ struct Backward {
           // Sums that another chunk of tokens goes on with need a place for each panel.
           float* sums = dw.floats() + (chunk_blocks == blocks ? thread : p) * columns * kTile;
           if (need_dw) {
-            Engine::multiply(Engine::gradient_panel(gradient, p * kPanel), steps(n), Engine::columns_at(column_blocks.bytes(), first),
-                             engine.columns_stride(blocks), columns, sums, kTile, first > 0, static_cast<NoEpilogue*>(nullptr),
-                             Prefetcher());
+            Engine::multiply(Engine::gradient_panel(gradient, p * kPanel), steps(n),
+                             Engine::columns_at(column_blocks.bytes(), first), engine.columns_stride(blocks), columns,
+                             sums, kTile, first > 0, static_cast<NoEpilogue*>(nullptr), Prefetcher());
           }
           if (last) next_label = finish_rows(sums, reinterpret_cast<float*>(own), v, p * kPanel, next_label);
         }
@@ -295,24 +307,33 @@ struct Backward {
     for (int64_t p = thread; p < ceil_div(rows, kPanel); p += threads) {
       uint8_t* to = panels.bytes() + p * engine.panel_bytes();
       const int64_t first = v + p * kPanel, next = first + threads * kPanel, left = v + rows - next;
-      engine.pack_panel(to, args.weight, first, at_most(kPanel, v + rows - first),
-                        Prefetcher(args.weight, next, left < 0 ? 0 : at_most(kPanel, left), args.width, engine.k_steps()));
+      engine.pack_panel(
+          to, args.weight, first, at_most(kPanel, v + rows - first),
+          Prefetcher(args.weight, next, left < 0 ? 0 : at_most(kPanel, left), args.width, engine.k_steps()));
       if (need_dh) engine.pack_transposed(transposed.bytes(), to, p);
     }
   }
 
-  void over_tokens(int thread, float* z, typename Engine::Gradient gradient, int64_t v, int64_t rows, int64_t first, int64_t n) {
+  void over_tokens(int thread, float* z, typename Engine::Gradient gradient, int64_t v, int64_t rows, int64_t first,
+                   int64_t n) {
     const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
     if (begin == end) return;
     const int64_t at = first * kBlock, n_panels = ceil_div(rows, kPanel);
-    GradEpilogue<Engine> epilogue{args, z, label + at, lse + at, coefficient + at, g + at, label_grad + at,
+    GradEpilogue<Engine> epilogue{args,
+                                  z,
+                                  label + at,
+                                  lse + at,
+                                  coefficient + at,
+                                  g + at,
+                                  label_grad + at,
                                   grad.dbias == nullptr ? nullptr : bias_part.floats() + first * kChunkRows,
-                                  gradient, begin};
+                                  gradient,
+                                  begin};
     const uint8_t* tokens = packed.bytes() + (first + begin) * engine.block_bytes();
     for (int64_t p = 0; p < n_panels; ++p) {
       epilogue.panel(v + p * kPanel, static_cast<int>(at_most(kPanel, rows - p * kPanel)), p * kPanel);
-      Engine::multiply(engine.packed_panel(panels.bytes() + p * engine.panel_bytes()), engine.k_steps(), tokens, engine.block_bytes(),
-                       end - begin, z, kTile, false, &epilogue, Prefetcher());
+      Engine::multiply(engine.packed_panel(panels.bytes() + p * engine.panel_bytes()), engine.k_steps(), tokens,
+                       engine.block_bytes(), end - begin, z, kTile, false, &epilogue, Prefetcher());
     }
     if (!need_dh) return;
     for (int64_t j = 0; j < columns; ++j) {
@@ -323,8 +344,8 @@ struct Backward {
     }
   }
 
-  // A panel's rows of dW and dbias: add the labels' own terms, in the order of tokens, and write. `label_at` is a place in the
-  // order of labels at or before this panel's; returns the place behind them.
+  // A panel's rows of dW and dbias: add the labels' own terms, in the order of tokens, and write. `label_at` is a place
+  // in the order of labels at or before this panel's; returns the place behind them.
   int64_t finish_rows(const float* sums, float* row, int64_t v, int64_t chunk_row, int64_t label_at) {
     const int64_t* order = reinterpret_cast<const int64_t*>(label_order.bytes());
     float* h = row + engine.padded;

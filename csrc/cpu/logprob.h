@@ -31,7 +31,8 @@ struct LogprobOut {
   float* top;
 };
 
-// Gradient of sum_t g_t logprob_t + h_t lse_t. g, h, lse are by row of the input; dlogits may be the input itself, or null.
+// Gradient of sum_t g_t logprob_t + h_t lse_t. g, h, lse are by row of the input; dlogits may be the input itself, or
+// null.
 struct LogprobGrad {
   const float* lse;
   const float* g;
@@ -44,8 +45,8 @@ void logprob_forward(Isa isa, const LogprobArgs& args, const LogprobOut& out);
 void logprob_backward(Isa isa, const LogprobArgs& args, const LogprobGrad& grad);
 
 // Per instruction set; AMX has nothing to multiply here.
-#define LLDFAST_DECLARE(isa)                                                        \
-  void logprob_forward_##isa(const LogprobArgs& args, const LogprobOut& out);       \
+#define LLDFAST_DECLARE(isa)                                                  \
+  void logprob_forward_##isa(const LogprobArgs& args, const LogprobOut& out); \
   void logprob_backward_##isa(const LogprobArgs& args, const LogprobGrad& grad);
 LLDFAST_DECLARE(scalar)
 LLDFAST_DECLARE(avx2)

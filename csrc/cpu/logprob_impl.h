@@ -1,5 +1,5 @@
-// The passes over given logits of logprob.h, for the vectors of the including file. A row is read once, in pieces that stay in
-// the first cache between their maximum and their exponentials.
+// The passes over given logits of logprob.h, for the vectors of the including file. A row is read once, in pieces that
+// stay in the first cache between their maximum and their exponentials.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,8 @@ constexpr int64_t kPiece = 2048;     // logits worked on at a time
 constexpr int64_t kGradRows = 64;    // rows of a backward's item
 constexpr int64_t kForwardRows = 8;  // rows of a forward's item
 
-// One row's piece of n logits as fp32, transformed, with -inf behind the end up to a whole number of 4 vectors; returns that number.
+// One row's piece of n logits as fp32, transformed, with -inf behind the end up to a whole number of 4 vectors; returns
+// that number.
 inline int64_t read_piece(float* z, const LogprobArgs& args, int64_t row, int64_t first, int64_t n) {
   const uint8_t* from = static_cast<const uint8_t*>(args.logits.row(row)) + first * itemsize(args.logits.dtype);
   read_floats(z, from, args.logits.dtype, n);
@@ -97,7 +98,8 @@ inline void forward_row(const LogprobArgs& args, const LogprobOut& out, int64_t 
     out.argmax[row] = best;
     out.top[row] = top;
   }
-  if constexpr (kEntropy) out.entropy[row] = std::isinf(top) ? kNaN : static_cast<float>(log_sum - total_moment / total);
+  if constexpr (kEntropy)
+    out.entropy[row] = std::isinf(top) ? kNaN : static_cast<float>(log_sum - total_moment / total);
 }
 
 struct ForwardTask {

@@ -26,7 +26,9 @@ struct Barrier::State {
 };
 
 Barrier::Barrier(int n) : state_(new State(n)) {}
-Barrier::~Barrier() { delete state_; }
+Barrier::~Barrier() {
+  delete state_;
+}
 
 void Barrier::wait() {
   if (state_->n == 1) return;
@@ -42,6 +44,8 @@ void Barrier::wait() {
 }
 
 Buffer::Buffer(size_t bytes) : data_(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(64)))) {}
-Buffer::~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+Buffer::~Buffer() {
+  ::operator delete(data_, std::align_val_t(64));
+}
 
 }  // namespace lldfast

@@ -7,8 +7,8 @@
 
 namespace lldfast {
 
-// Calls task(context, i) for i in [0, n), each on a thread of its own, the caller being number 0; returns when all are done.
-// The threads live for one call, so a process that forks between calls loses none.
+// Calls task(context, i) for i in [0, n), each on a thread of its own, the caller being number 0; returns when all are
+// done. The threads live for one call, so a process that forks between calls loses none.
 void run_team(int n, void (*task)(void*, int), void* context);
 
 // All n members of a team wait for each other; reusable.

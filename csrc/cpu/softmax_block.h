@@ -1,7 +1,8 @@
-// What happens to a block of logits z^T [32 vocabulary rows, 32 tokens] right after the matrix product, while it is in cache:
-// StatsEpilogue keeps the running log-sum-exp of each token, GradEpilogue turns logits into their gradient.
+// What happens to a block of logits z^T [32 vocabulary rows, 32 tokens] right after the matrix product, while it is in
+// cache: StatsEpilogue keeps the running log-sum-exp of each token, GradEpilogue turns logits into their gradient.
 //
-// An epilogue works in pieces (begin, some rows at a time, end), so that an engine can put them between its tile products.
+// An epilogue works in pieces (begin, some rows at a time, end), so that an engine can put them between its tile
+// products.
 #pragma once
 
 #include <cmath>
@@ -12,13 +13,13 @@
 namespace lldfast {
 namespace {
 
-constexpr int kPanel = 32;             // vocabulary rows of a block
-constexpr int kBlock = 32;             // tokens of a block
-constexpr int kV = kBlock / kWidth;    // vectors of a block's row
-constexpr int kTile = kPanel * kBlock; // floats of a block
+constexpr int kPanel = 32;              // vocabulary rows of a block
+constexpr int kBlock = 32;              // tokens of a block
+constexpr int kV = kBlock / kWidth;     // vectors of a block's row
+constexpr int kTile = kPanel * kBlock;  // floats of a block
 
-// Brings rows of a matrix into the second cache, a few lines at every call: a burst would fill the line buffers that the
-// product needs, and the hardware does not foresee rows that are read a piece at a time.
+// Brings rows of a matrix into the second cache, a few lines at every call: a burst would fill the line buffers that
+// the product needs, and the hardware does not foresee rows that are read a piece at a time.
 class Prefetcher {
  public:
   Prefetcher() = default;
@@ -204,10 +205,11 @@ LLDFAST_INLINE float sum_lanes(const F (&row)[kV]) {
   return sum;
 }
 
-// Gradient of sum_t g_t logprob_t + h_t lse_t by the logits before bias, scale and softcap, but for the labels' own terms:
+// Gradient of sum_t g_t logprob_t + h_t lse_t by the logits before bias, scale and softcap, but for the labels' own
+// terms:
 //   dz = (h - g) softmax(z) * logit_scale * (1 - (z / softcap)^2),
-// handed to the engine two rows at a time. The label's term, +g at one logit per token, is left as a factor in label_grad: in
-// fp32 it goes straight into dH and dW, where a 16-bit dz would round the largest entry of its row.
+// handed to the engine two rows at a time. The label's term, +g at one logit per token, is left as a factor in
+// label_grad: in fp32 it goes straight into dH and dW, where a 16-bit dz would round the largest entry of its row.
 template <class Engine>
 struct GradEpilogue {
   static constexpr bool kNone = false;
@@ -219,9 +221,9 @@ struct GradEpilogue {
   const float* coefficient;
   const float* g;
   float* label_grad;
-  float* bias_part;                     // [blocks][rows of the chunk]: sums over a block's tokens, or null
-  typename Engine::Gradient gradient;   // where the engine wants the rows
-  int64_t first_block = 0;              // number of the first block of z in the arrays above
+  float* bias_part;                    // [blocks][rows of the chunk]: sums over a block's tokens, or null
+  typename Engine::Gradient gradient;  // where the engine wants the rows
+  int64_t first_block = 0;             // number of the first block of z in the arrays above
   int64_t v0 = 0;
   int64_t chunk_row = 0;  // v0 relative to the chunk of the vocabulary
   int rows = 0;

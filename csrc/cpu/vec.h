@@ -47,14 +47,30 @@ LLDFAST_INLINE I load(const int32_t* p) {
   return v;
 }
 
-LLDFAST_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
-LLDFAST_INLINE void store(int32_t* p, I v) { std::memcpy(p, &v, sizeof v); }
-LLDFAST_INLINE F splat(float x) { return x - F{}; }
-LLDFAST_INLINE I splat(int32_t x) { return x - I{}; }
-LLDFAST_INLINE F as_floats(I v) { return reinterpret_cast<F>(v); }
-LLDFAST_INLINE I as_ints(F v) { return reinterpret_cast<I>(v); }
-LLDFAST_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
-LLDFAST_INLINE I select(I mask, I a, I b) { return mask ? a : b; }
+LLDFAST_INLINE void store(float* p, F v) {
+  std::memcpy(p, &v, sizeof v);
+}
+LLDFAST_INLINE void store(int32_t* p, I v) {
+  std::memcpy(p, &v, sizeof v);
+}
+LLDFAST_INLINE F splat(float x) {
+  return x - F{};
+}
+LLDFAST_INLINE I splat(int32_t x) {
+  return x - I{};
+}
+LLDFAST_INLINE F as_floats(I v) {
+  return reinterpret_cast<F>(v);
+}
+LLDFAST_INLINE I as_ints(F v) {
+  return reinterpret_cast<I>(v);
+}
+LLDFAST_INLINE F select(I mask, F a, F b) {
+  return mask ? a : b;
+}
+LLDFAST_INLINE I select(I mask, I a, I b) {
+  return mask ? a : b;
+}
 
 // a > b ? a : b, which is b where either is NaN.
 LLDFAST_INLINE F max(F a, F b) {
@@ -80,8 +96,8 @@ LLDFAST_INLINE bool any(I mask) {
 #endif
 }
 
-// exp(x) for x <= 88, with a relative error of 1e-7 near 0 and |x| 6e-8 elsewhere; exp(0) is exactly 1. Below -87 it stays at
-// exp(-87), about 1e-38. NaN stays NaN.
+// exp(x) for x <= 88, with a relative error of 1e-7 near 0 and |x| 6e-8 elsewhere; exp(0) is exactly 1. Below -87 it
+// stays at exp(-87), about 1e-38. NaN stays NaN.
 LLDFAST_INLINE F exp(F x) {
   const F t = max(splat(-87.0f), x) * kLog2e;
   const F shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are t rounded to an integer

@@ -5,7 +5,9 @@
 namespace lldfast {
 namespace {
 
-__m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+__m256i load(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 
 // acc[i ^ 1] += value[i]; acc[i] += low32(keyed[i]) * high32(keyed[i])
 __m256i mix(__m256i acc, __m256i value, __m256i secret) {

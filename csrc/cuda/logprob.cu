@@ -1,10 +1,10 @@
-// logits x [*, V] (fp32, bf16, fp16), labels [T]  ->  fp32 logprob, lse, entropy, max_logit [T], int64 argmax [T]; formulas
-// in logprob_math.h. The forward is bound by reading the logits once, so everything here serves wide loads.
+// logits x [*, V] (fp32, bf16, fp16), labels [T]  ->  fp32 logprob, lse, entropy, max_logit [T], int64 argmax [T];
+// formulas in logprob_math.h. The forward is bound by reading the logits once, so everything here serves wide loads.
 //
-// Bit-equal results: V is cut into splits of kSplit columns and a split into groups. Which thread adds which column of a
-// group, and the order in which threads, warps and splits are merged, are fixed by the column numbers, never by T, the
-// grid or the alignment of the row. With many tokens a block walks all splits of its row; with few, each split gets a
-// block, and a second kernel does the same merges.
+// Bit-equal results: V is cut into splits of kSplit columns and a split into groups. Which thread adds which column of
+// a group, and the order in which threads, warps and splits are merged, are fixed by the column numbers, never by T,
+// the grid or the alignment of the row. With many tokens a block walks all splits of its row; with few, each split gets
+// a block, and a second kernel does the same merges.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -30,9 +30,15 @@ constexpr int kWidth = 16 / sizeof(T);
 template <typename T>
 constexpr int kGroup = kThreads * kUnroll * kWidth<T>;
 
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(float x) {
+  return x;
+}
+__device__ float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ float to_float(__half x) {
+  return __half2float(x);
+}
 
 template <typename T>
 __device__ T from_float(float x);
@@ -74,9 +80,9 @@ struct Row {
     return shift == 0 ? end <= columns : begin > 0 && end + kWidth<T> - shift <= columns;
   }
 
-  // The aligned 16 bytes around `column` and those behind them, which are not read where the row is aligned. The second is
-  // the first of the next thread, so L1 has it, and which thread adds which column does not depend on the alignment, as it
-  // would if the head of the row were peeled.
+  // The aligned 16 bytes around `column` and those behind them, which are not read where the row is aligned. The second
+  // is the first of the next thread, so L1 has it, and which thread adds which column does not depend on the alignment,
+  // as it would if the head of the row were peeled.
   __device__ void aligned_pair(int column, uint4& a, uint4& b) const {
     const char* at = reinterpret_cast<const char*>(data + column) - phase;
     a = __ldg(reinterpret_cast<const uint4*>(at));
@@ -91,8 +97,9 @@ struct Row {
     }
   }
 
-  // The kWidth columns out of their aligned pair: shifts the eight words down by two, one and half a word. An aligned row
-  // goes the same way, by 0: with a branch around this, the compiler waits for the first loads before it issues the last.
+  // The kWidth columns out of their aligned pair: shifts the eight words down by two, one and half a word. An aligned
+  // row goes the same way, by 0: with a branch around this, the compiler waits for the first loads before it issues the
+  // last.
   __device__ uint4 unaligned(const uint4& a, const uint4& b) const {
     const bool two = phase & 8, one = phase & 4;
     const uint32_t c0 = two ? a.z : a.x, c1 = two ? a.w : a.y, c2 = two ? b.x : a.z;
@@ -120,10 +127,12 @@ __device__ void load_bias(const float* bias, int column, int columns, float (&ou
   }
 }
 
-__device__ Transform transform_of(const LogprobInput& in) { return {in.logit_scale, in.softcap, 1.0f / in.softcap}; }
+__device__ Transform transform_of(const LogprobInput& in) {
+  return {in.logit_scale, in.softcap, 1.0f / in.softcap};
+}
 
-// Adds a group of columns to the thread's sums. kInner: all of them can be read in wide loads. The arithmetic of both versions
-// is the same to the bit, as a column that is not there is a z of -inf, which adds 0.
+// Adds a group of columns to the thread's sums. kInner: all of them can be read in wide loads. The arithmetic of both
+// versions is the same to the bit, as a column that is not there is a z of -inf, which adds 0.
 template <typename T, bool kTransform, bool kExtras, bool kInner>
 __device__ void add_group(Partial& p, const Row<T>& row, const LogprobInput& in, int group) {
   constexpr int kStep = kThreads * kWidth<T>;
@@ -269,7 +278,8 @@ struct TokenGrad {
 };
 
 // Grid [T, chunks of a row]. Every column is its own result, so here the head of the row is peeled. A thread reads just
-// the columns that it then writes, which is what lets d_logits be the logits; hence no load may go through the read-only cache.
+// the columns that it then writes, which is what lets d_logits be the logits; hence no load may go through the
+// read-only cache.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(LogprobInput in, LogprobGrad grad) {
   const int64_t t = blockIdx.x;
@@ -316,8 +326,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(LogprobInpu
 
 constexpr int kBiasColumns = 32, kBiasRows = 16;
 
-// d_bias[c] = sum over t of dz[t, c], unrounded. A warp takes 32 columns of every 16th token; the 16 sums of a column are
-// then added in turn. There are V / 32 blocks, enough without cutting T, which would need scratch or atomics.
+// d_bias[c] = sum over t of dz[t, c], unrounded. A warp takes 32 columns of every 16th token; the 16 sums of a column
+// are then added in turn. There are V / 32 blocks, enough without cutting T, which would need scratch or atomics.
 template <typename T>
 __global__ void __launch_bounds__(kBiasColumns* kBiasRows) bias_kernel(LogprobInput in, LogprobGrad grad) {
   __shared__ float sums[kBiasRows][kBiasColumns];
@@ -336,7 +346,9 @@ __global__ void __launch_bounds__(kBiasColumns* kBiasRows) bias_kernel(LogprobIn
   grad.d_bias[column] = sum;
 }
 
-int splits_of(int64_t vocab) { return static_cast<int>((vocab + kSplit - 1) / kSplit); }
+int splits_of(int64_t vocab) {
+  return static_cast<int>((vocab + kSplit - 1) / kSplit);
+}
 
 bool fits(const LogprobInput& in, int64_t columns) {
   return in.tokens >= 0 && in.tokens <= kMaxTokens && in.vocab >= 0 && std::max(in.vocab, columns) <= kMaxColumns;
@@ -399,9 +411,12 @@ cudaError_t logprob_forward(const LogprobInput& in, const LogprobOutput& out, vo
   if (in.tokens == 0) return cudaSuccess;
   cudaGetLastError();  // an error that someone else left behind is not ours to report
   switch (in.dtype) {
-    case Dtype::kFloat32: return forward_as<float>(in, out, workspace, stream);
-    case Dtype::kBFloat16: return forward_as<__nv_bfloat16>(in, out, workspace, stream);
-    case Dtype::kFloat16: return forward_as<__half>(in, out, workspace, stream);
+    case Dtype::kFloat32:
+      return forward_as<float>(in, out, workspace, stream);
+    case Dtype::kBFloat16:
+      return forward_as<__nv_bfloat16>(in, out, workspace, stream);
+    case Dtype::kFloat16:
+      return forward_as<__half>(in, out, workspace, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -409,13 +424,17 @@ cudaError_t logprob_forward(const LogprobInput& in, const LogprobOutput& out, vo
 cudaError_t logprob_backward(const LogprobInput& in, const LogprobGrad& grad, cudaStream_t stream) {
   if (!fits(in, grad.d_columns) || (grad.d_logits && grad.d_columns < in.vocab)) return cudaErrorInvalidValue;
   if (in.tokens == 0) {
-    return grad.d_bias ? cudaMemsetAsync(grad.d_bias, 0, static_cast<size_t>(in.vocab) * sizeof(float), stream) : cudaSuccess;
+    return grad.d_bias ? cudaMemsetAsync(grad.d_bias, 0, static_cast<size_t>(in.vocab) * sizeof(float), stream)
+                       : cudaSuccess;
   }
   cudaGetLastError();
   switch (in.dtype) {
-    case Dtype::kFloat32: return backward_as<float>(in, grad, stream);
-    case Dtype::kBFloat16: return backward_as<__nv_bfloat16>(in, grad, stream);
-    case Dtype::kFloat16: return backward_as<__half>(in, grad, stream);
+    case Dtype::kFloat32:
+      return backward_as<float>(in, grad, stream);
+    case Dtype::kBFloat16:
+      return backward_as<__nv_bfloat16>(in, grad, stream);
+    case Dtype::kFloat16:
+      return backward_as<__half>(in, grad, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -35,8 +35,9 @@ struct LogprobOutput {
   float* max_logit;
 };
 
-// lse, g and h are [T], by token. The gradient of sum(g * logprob + h * lse) goes to row rows[t] of d_logits, which may be
-// the logits themselves; columns [vocab, d_columns) of that row become 0 and rows that no token names stay as they are.
+// lse, g and h are [T], by token. The gradient of sum(g * logprob + h * lse) goes to row rows[t] of d_logits, which may
+// be the logits themselves; columns [vocab, d_columns) of that row become 0 and rows that no token names stay as they
+// are.
 struct LogprobGrad {
   const float* lse;
   const float* g;

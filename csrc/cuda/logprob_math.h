@@ -1,7 +1,9 @@
-// The arithmetic of a token's log-likelihood, without the machinery that feeds it, so that it can be checked on the host.
+// The arithmetic of a token's log-likelihood, without the machinery that feeds it, so that it can be checked on the
+// host.
 //
 //   z = softcap * tanh(logit_scale * (x + bias) / softcap)        logprob = (z_y - m) - log s,  s = sum exp(z - m)
-//   lse = m + log s                                               entropy = log s - w / s,      w = sum exp(z - m) (z - m)
+//   lse = m + log s                                               entropy = log s - w / s,      w = sum exp(z - m) (z -
+//   m)
 //
 // The maximum m is kept finite (clamped to +-FLT_MAX). That alone makes the infinities come out right, with no case for
 // them: an empty sum has s = 0 and lse = -inf, a logit of +inf makes s and lse +inf, a NaN makes s NaN.
@@ -60,7 +62,8 @@ LLDFAST_HD float transform(float x, float bias, const Transform& f, float* slope
   return rounded_product(f.softcap, t);
 }
 
-// A part of a row's sums. `w`, `best` and `at` are kept only where argmax, the largest logit or the entropy is asked for.
+// A part of a row's sums. `w`, `best` and `at` are kept only where argmax, the largest logit or the entropy is asked
+// for.
 struct Partial {
   float m;
   float s;
@@ -69,14 +72,22 @@ struct Partial {
   int at;      // its column, the lowest of a tie; -1: all are -inf so far
 };
 
-LLDFAST_HD Partial empty_partial() { return {-FLT_MAX, 0, 0, -INFINITY, -1}; }
+LLDFAST_HD Partial empty_partial() {
+  return {-FLT_MAX, 0, 0, -INFINITY, -1};
+}
 
-LLDFAST_HD float finite(float m) { return fminf(fmaxf(m, -FLT_MAX), FLT_MAX); }
+LLDFAST_HD float finite(float m) {
+  return fminf(fmaxf(m, -FLT_MAX), FLT_MAX);
+}
 
 // For factors of exp(d): keeps 0 * -inf, a NaN, out of w.
-LLDFAST_HD float bounded(float d) { return fmaxf(d, -128.0f); }
+LLDFAST_HD float bounded(float d) {
+  return fmaxf(d, -128.0f);
+}
 
-LLDFAST_HD bool is_better(float z, float best) { return z > best || (z != z && best == best); }
+LLDFAST_HD bool is_better(float z, float best) {
+  return z > best || (z != z && best == best);
+}
 
 // a becomes the sums of a and b. The fused products are spelled out: every kernel must round alike.
 template <bool kExtras>

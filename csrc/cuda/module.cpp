@@ -12,10 +12,13 @@ namespace py = pybind11;
 
 namespace {
 
-std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
 
 // {"runtime", "driver" (None without one), "devices": [{"name", "capability", "memory_bytes", "multiprocessors"}],
-//  "reason" (empty when there is a device), "kernels" (whether nvcc was there to compile them)}. Starts the driver: do not fork after it and use CUDA in the child.
+//  "reason" (empty when there is a device), "kernels" (whether nvcc was there to compile them)}. Starts the driver: do
+//  not fork after it and use CUDA in the child.
 py::dict probe() {
   py::dict answer;
   py::list devices;
@@ -58,13 +61,16 @@ py::dict probe() {
 #ifdef LLDFAST_CUDA_KERNELS
 using lldfast::Dtype;
 
-// Tensors and streams come as the integers that torch gives for them, so that the module does not depend on torch's ABI.
+// Tensors and streams come as the integers that torch gives for them, so that the module does not depend on torch's
+// ABI.
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-cudaStream_t stream_at(uintptr_t stream) { return at<CUstream_st>(stream); }
+cudaStream_t stream_at(uintptr_t stream) {
+  return at<CUstream_st>(stream);
+}
 
 Dtype dtype_of(const std::string& name) {
   if (name == "float32") return Dtype::kFloat32;
@@ -104,8 +110,8 @@ void logprob_fwd(uintptr_t logits, const std::string& dtype, int64_t row_stride,
                  uintptr_t rows, uintptr_t labels, uintptr_t bias, float softcap, float logit_scale, uintptr_t logprob,
                  uintptr_t lse, uintptr_t argmax, uintptr_t entropy, uintptr_t max_logit, uintptr_t workspace,
                  uintptr_t stream) {
-  const lldfast::LogprobInput in{at<void>(logits), dtype_of(dtype), row_stride, tokens, vocab, at<int64_t>(rows),
-                                 at<int64_t>(labels), at<float>(bias), softcap, logit_scale};
+  const lldfast::LogprobInput in{at<void>(logits),  dtype_of(dtype),     row_stride,      tokens,  vocab,
+                                 at<int64_t>(rows), at<int64_t>(labels), at<float>(bias), softcap, logit_scale};
   const lldfast::LogprobOutput out{at<float>(logprob), at<float>(lse), at<int64_t>(argmax), at<float>(entropy),
                                    at<float>(max_logit)};
   if (tokens == 0) return;
@@ -115,12 +121,12 @@ void logprob_fwd(uintptr_t logits, const std::string& dtype, int64_t row_stride,
 
 void logprob_bwd(uintptr_t logits, const std::string& dtype, int64_t row_stride, int64_t tokens, int64_t vocab,
                  uintptr_t rows, uintptr_t labels, uintptr_t bias, float softcap, float logit_scale, uintptr_t lse,
-                 uintptr_t g, uintptr_t h, uintptr_t d_logits, int64_t d_row_stride, int64_t d_columns, uintptr_t d_bias,
-                 uintptr_t stream) {
-  const lldfast::LogprobInput in{at<void>(logits), dtype_of(dtype), row_stride, tokens, vocab, at<int64_t>(rows),
-                                 at<int64_t>(labels), at<float>(bias), softcap, logit_scale};
-  const lldfast::LogprobGrad grad{at<float>(lse), at<float>(g), at<float>(h), at<void>(d_logits), d_row_stride, d_columns,
-                                  at<float>(d_bias)};
+                 uintptr_t g, uintptr_t h, uintptr_t d_logits, int64_t d_row_stride, int64_t d_columns,
+                 uintptr_t d_bias, uintptr_t stream) {
+  const lldfast::LogprobInput in{at<void>(logits),  dtype_of(dtype),     row_stride,      tokens,  vocab,
+                                 at<int64_t>(rows), at<int64_t>(labels), at<float>(bias), softcap, logit_scale};
+  const lldfast::LogprobGrad grad{at<float>(lse), at<float>(g), at<float>(h),     at<void>(d_logits),
+                                  d_row_stride,   d_columns,    at<float>(d_bias)};
   if (tokens == 0 && !grad.d_bias) return;
   const OnDeviceOf device(grad.d_bias ? grad.d_bias : grad.lse);
   check(lldfast::logprob_backward(in, grad, stream_at(stream)), "logprob_bwd");
@@ -131,14 +137,14 @@ void define_kernels(py::module_& m) {
   m.def("logprob_workspace_bytes", &lldfast::logprob_workspace_bytes, py::arg("tokens"), py::arg("vocab"),
         "Bytes of device memory that logprob_fwd needs as workspace, often 0.");
   m.def("logprob_fwd", &logprob_fwd, py::arg("logits"), py::arg("dtype"), py::arg("row_stride"), py::arg("tokens"),
-        py::arg("vocab"), py::arg("rows"), py::arg("labels"), py::arg("bias"), py::arg("softcap"), py::arg("logit_scale"),
-        py::arg("logprob"), py::arg("lse"), py::arg("argmax"), py::arg("entropy"), py::arg("max_logit"),
-        py::arg("workspace"), py::arg("stream"), without_gil,
+        py::arg("vocab"), py::arg("rows"), py::arg("labels"), py::arg("bias"), py::arg("softcap"),
+        py::arg("logit_scale"), py::arg("logprob"), py::arg("lse"), py::arg("argmax"), py::arg("entropy"),
+        py::arg("max_logit"), py::arg("workspace"), py::arg("stream"), without_gil,
         "Log-likelihood of labels under given logits; addresses are integers, 0 for none (csrc/cuda/logprob.h).");
   m.def("logprob_bwd", &logprob_bwd, py::arg("logits"), py::arg("dtype"), py::arg("row_stride"), py::arg("tokens"),
-        py::arg("vocab"), py::arg("rows"), py::arg("labels"), py::arg("bias"), py::arg("softcap"), py::arg("logit_scale"),
-        py::arg("lse"), py::arg("g"), py::arg("h"), py::arg("d_logits"), py::arg("d_row_stride"), py::arg("d_columns"),
-        py::arg("d_bias"), py::arg("stream"), without_gil,
+        py::arg("vocab"), py::arg("rows"), py::arg("labels"), py::arg("bias"), py::arg("softcap"),
+        py::arg("logit_scale"), py::arg("lse"), py::arg("g"), py::arg("h"), py::arg("d_logits"),
+        py::arg("d_row_stride"), py::arg("d_columns"), py::arg("d_bias"), py::arg("stream"), without_gil,
         "Gradient of sum(g logprob + h lse); d_logits may be the logits (csrc/cuda/logprob.h).");
 }
 #endif

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lldfast.backends import _load, extension
+from lldfast.backends import compiled_module, extension
 
 # Fewer multiply-adds than this, and starting threads takes longer than they save.
 ONE_THREAD = 1 << 24
@@ -111,7 +111,7 @@ def cuda_logprob_fwd(
 ) -> None:  # fmt: skip
     """`logprob_fwd` on the GPU, on torch's current stream; `labels` and `out` hold the scored rows only."""
     logits, bias = columns_contiguous(logits), _fp32(bias, vocab)
-    module: Any = _load("_cuda")
+    module: Any = compiled_module("_cuda")
     size = module.logprob_workspace_bytes(len(labels), vocab)
     workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
     address, dtype, stride = _matrix(logits)
@@ -127,7 +127,7 @@ def cuda_logprob_bwd(
 ) -> None:  # fmt: skip
     """`logprob_bwd` on the GPU; labels, lse, g and h hold the scored rows only."""
     logits, bias = columns_contiguous(logits), _fp32(bias, vocab)
-    module: Any = _load("_cuda")
+    module: Any = compiled_module("_cuda")
     address, dtype, stride = _matrix(logits)
     d_address, _, d_stride = _matrix(d_logits)
     module.logprob_bwd(
