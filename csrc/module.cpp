@@ -158,10 +158,11 @@ PYBIND11_MODULE(_C, m) {
         });
   m.def("logprob_bwd", [](const MatrixTuple& logits, uintptr_t rows, int64_t tokens, int64_t vocab, uintptr_t labels,
                           uintptr_t bias, float softcap, float logit_scale, int threads, const std::string& isa,
-                          uintptr_t lse, uintptr_t g, uintptr_t h, const MatrixTuple& dlogits, uintptr_t dbias) {
+                          uintptr_t logprob, uintptr_t lse, uintptr_t g, uintptr_t h, const MatrixTuple& dlogits,
+                          uintptr_t dbias) {
     const auto args = logprob_args(logits, rows, tokens, vocab, labels, bias, softcap, logit_scale, threads);
-    const lldfast::LogprobGrad grad = {floats(lse), floats(g), floats(h), mutable_matrix(dlogits),
-                                       reinterpret_cast<float*>(dbias)};
+    const lldfast::LogprobGrad grad = {
+        floats(logprob), floats(lse), floats(g), floats(h), mutable_matrix(dlogits), reinterpret_cast<float*>(dbias)};
     const lldfast::Isa chosen = isa_of(isa);
     py::gil_scoped_release release;
     lldfast::logprob_backward(chosen, args, grad);
@@ -179,12 +180,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_logprob_bwd", [](const MatrixTuple& hidden, uintptr_t rows, int64_t tokens, int64_t width,
                                  const MatrixTuple& weight, int64_t vocab, uintptr_t labels, uintptr_t bias,
                                  float softcap, float logit_scale, const std::string& precision, int threads,
-                                 const std::string& isa, uintptr_t lse, uintptr_t g, uintptr_t h, const MatrixTuple& dh,
-                                 const MatrixTuple& dw, uintptr_t dbias) {
+                                 const std::string& isa, uintptr_t logprob, uintptr_t lse, uintptr_t g, uintptr_t h,
+                                 const MatrixTuple& dh, const MatrixTuple& dw, uintptr_t dbias) {
     const auto args =
         linear_args(hidden, rows, tokens, width, weight, vocab, labels, bias, softcap, logit_scale, precision, threads);
-    const lldfast::LinearLogprobGrad grad = {floats(lse),        floats(g),          floats(h),
-                                             mutable_matrix(dh), mutable_matrix(dw), reinterpret_cast<float*>(dbias)};
+    const lldfast::LinearLogprobGrad grad = {floats(logprob),
+                                             floats(lse),
+                                             floats(g),
+                                             floats(h),
+                                             mutable_matrix(dh),
+                                             mutable_matrix(dw),
+                                             reinterpret_cast<float*>(dbias)};
     const lldfast::Isa chosen = isa_of(isa);
     py::gil_scoped_release release;
     lldfast::linear_logprob_backward(chosen, args, grad);

@@ -56,11 +56,13 @@ def forward(hidden, weight, labels, isa, precision, rows=None, bias=None, softca
     return out
 
 
-def backward(hidden, weight, labels, lse, g, h, isa, precision, rows=None, bias=None, softcap=None, logit_scale=1.0, vocab=None):
+def backward(
+    hidden, weight, labels, scores, g, h, isa, precision, rows=None, bias=None, softcap=None, logit_scale=1.0, vocab=None
+):
     dh, dw, db = torch.zeros_like(hidden), torch.zeros_like(weight), torch.zeros(len(weight))
     native.linear_logprob_bwd(
-        hidden, weight, labels, rows, len(weight) if vocab is None else vocab, bias, softcap, logit_scale, precision, lse, g, h,
-        dh, dw, db, isa,
+        hidden, weight, labels, rows, len(weight) if vocab is None else vocab, bias, softcap, logit_scale, precision,
+        scores.logprob, scores.lse, g, h, dh, dw, db, isa,
     )  # fmt: skip
     return dh, dw, db
 
@@ -101,7 +103,7 @@ def test_gradients(threads, isa, precision, options):
     agrees(got, reference(hidden, weight, labels, **options), precision)
     # bf16 gradients of bf16 inputs: half of a last place of 8 bits; bf16x3 takes its gradients in fp32
     limit = 3e-3 if precision == "bf16" else 2e-5
-    for a, b in zip(backward(hidden, weight, labels, got.lse, g, h, isa, precision, **options), grads, strict=False):
+    for a, b in zip(backward(hidden, weight, labels, got, g, h, isa, precision, **options), grads, strict=False):
         assert distance(a, b) < limit
 
 
@@ -129,12 +131,12 @@ def test_gradient_bits_do_not_depend_on_the_threads(threads, isa, precision):
     hidden, weight, labels = make(1300, 40, 700, precision)
     bias, g, h = torch.randn(700), torch.randn(1300), torch.randn(1300)
     labels[:400] = 3  # many tokens to one row
-    lse = forward(hidden, weight, labels, isa, precision, bias=bias).lse
+    scores = forward(hidden, weight, labels, isa, precision, bias=bias)
     threads(1)
-    want = backward(hidden, weight, labels, lse, g, h, isa, precision, bias=bias)
+    want = backward(hidden, weight, labels, scores, g, h, isa, precision, bias=bias)
     for n in (2, 3, 7):
         threads(n)
-        got = backward(hidden, weight, labels, lse, g, h, isa, precision, bias=bias)
+        got = backward(hidden, weight, labels, scores, g, h, isa, precision, bias=bias)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -149,7 +151,7 @@ def test_rows_that_do_not_count(threads, isa, precision):
     got = forward(hidden, weight, labels, isa, precision, rows=rows, vocab=257)
     agrees(Outputs(*(x[rows] for x in got)), want, precision)
     g, h = torch.ones(90), torch.zeros(90)
-    dh, dw, db = backward(hidden, weight, labels, got.lse, g, h, isa, precision, rows=rows, bias=torch.zeros(300), vocab=257)
+    dh, dw, db = backward(hidden, weight, labels, got, g, h, isa, precision, rows=rows, bias=torch.zeros(300), vocab=257)
     assert bool(dh[::3].eq(0).all()) and bool(dw[257:].eq(0).all()) and bool(db[257:].eq(0).all())
     assert all(bool(x.isfinite().all()) for x in (dh, dw, db))
 
@@ -315,3 +317,47 @@ def test_training_loss_of_bf16_is_near_fp64():
     for a, b in zip(leaves, wide, strict=True):
         assert a.grad.dtype == torch.bfloat16
         assert distance(a.grad, b.grad) < 3e-3  # of which the rounding of the result to bf16 is 1.7e-3
+
+
+@pytest.mark.parametrize("isa,precision", KINDS)
+def test_gradients_of_tokens_that_are_nearly_certain(threads, isa, precision):
+    """Where p is near 1, g - g p is a difference of near equals: it must come from logprob, and only from rounded factors."""
+    n = 64
+    hidden = torch.eye(n) * 16 + 0.1 * torch.randn(n, n)
+    weight, labels = torch.eye(n) + 0.1 * torch.randn(n, n), torch.arange(n)
+    if precision == "bf16":  # fp32 inputs that are rounded, as under autocast
+        rounded = [hidden.bfloat16(), weight.bfloat16()]
+    else:
+        rounded = [hidden, weight]
+    leaves = [x.double().requires_grad_() for x in rounded]
+    want = reference(*leaves, labels)
+    assert float(want.logprob.detach().exp().min()) > 0.98
+    grads = torch.autograd.grad(-want.logprob.mean(), leaves)
+    got = forward(hidden, weight, labels, isa, precision)
+    found = backward(hidden, weight, labels, got, torch.full((n,), -1 / n), torch.zeros(n), isa, precision)
+    for a, b in zip(found, grads, strict=False):
+        assert distance(a, b) < 5e-3
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_large_bias_and_a_ragged_end(threads, isa):
+    hidden, weight, labels = make(33, 64, 100)
+    bias = torch.zeros(100)
+    bias[3], bias[5] = 89.0, 3e38
+    got = forward(hidden, weight, labels, isa, "fp32", bias=bias)
+    dh, dw, db = backward(hidden, weight, labels, got, -torch.ones(33), torch.zeros(33), isa, "fp32", bias=bias)
+    assert all(bool(x.isfinite().all()) for x in (dh, dw, db))
+
+
+def test_threads_that_cannot_start_are_an_error():
+    code = (
+        "import resource, torch, lldfast as lld\n"
+        "h, w, y = torch.randn(300, 256).bfloat16(), torch.randn(2000, 256).bfloat16(), torch.randint(0, 2000, (300,))\n"
+        "want = lld.linear_logprob(h, w, y, backend='cpp').logprob; torch.set_num_threads(32)\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 40 * 2**20\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))\n"
+        "try:\n    lld.linear_logprob(h, w, y, backend='cpp')\n"
+        "except (RuntimeError, MemoryError) as error:\n    print(type(error).__name__)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and run.stdout.strip() in ("RuntimeError", "MemoryError"), run.stderr

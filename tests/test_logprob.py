@@ -286,3 +286,26 @@ def test_the_tail_of_a_large_vocabulary_is_not_lost():
     labels = torch.randint(100_000, (8,))
     gap = logprob(logits, labels).logprob.double() - reference(logits, labels).logprob
     assert float(gap.abs().max()) < 2e-6
+
+
+def test_scales_are_numbers():
+    logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    for change in ({"logit_scale": torch.tensor(2.0)}, {"softcap": torch.tensor(2.0)}):
+        with pytest.raises(InputError, match="must be a number"):
+            logprob(logits, labels, **change)
+    for change in ({"softcap": 1e-50}, {"softcap": math.inf}, {"softcap": math.nan}):
+        with pytest.raises(InputError, match="softcap must be positive and finite"):
+            logprob(logits, labels, **change)
+    for number in (math.inf, math.nan):
+        with pytest.raises(InputError, match="logit_scale must be finite"):
+            logprob(logits, labels, logit_scale=number)
+
+
+def test_merged_entropy_claims_no_gradient():
+    logits = torch.randn(4, 20, requires_grad=True)
+    labels = torch.tensor([0, 5, 12, 19])
+    options = {"valid_vocab": 20, "return_lse": True, "return_entropy": True}
+    shards = [logprob(logits[:, i : i + 10], labels, vocab_start=i, **options) for i in (0, 10)]
+    merged = merge_vocab_shards(shards)
+    assert merged.logprob.requires_grad and not merged.entropy.requires_grad
+    torch.testing.assert_close(merged.entropy.double(), reference(logits, labels).entropy.detach(), rtol=1e-5, atol=1e-5)

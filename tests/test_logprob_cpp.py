@@ -64,9 +64,9 @@ def test_gradients(isa, dtype, options):
     g, h = torch.randn(tokens), torch.randn(tokens)
     grads = torch.autograd.grad((g * want.logprob + h * want.lse).sum(), leaves)
     options = {"softcap": None, "logit_scale": 1.0, **options, "bias": bias}
-    lse = forward(logits, labels, isa, **options).lse
+    scores = forward(logits, labels, isa, **options)
     d_logits, d_bias = torch.empty_like(logits), torch.zeros(vocab if bias is not None else 0)
-    arguments = (options["bias"], options["softcap"], options["logit_scale"], lse, g, h)
+    arguments = (options["bias"], options["softcap"], options["logit_scale"], scores.logprob, scores.lse, g, h)
     native.logprob_bwd(logits, labels, None, vocab, *arguments, d_logits, d_bias, isa)
     limit = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 3e-4}[dtype]
     for a, b in zip((d_logits, d_bias), grads, strict=False):

@@ -37,6 +37,7 @@ struct LinearLogprobArgs {
 // Gradient of sum_t g_t logprob_t + h_t lse_t. g, h, lse are by row of hidden. Null outputs are not computed; rows of
 // dh that are not in `rows`, and rows of dw behind vocab, are left as they are.
 struct LinearLogprobGrad {
+  const float* logprob;
   const float* lse;
   const float* g;
   const float* h;

@@ -168,7 +168,7 @@ struct Backward {
 
   // Per token, in the order of `rows`.
   int32_t* label;
-  float *lse, *g, *coefficient, *label_grad;
+  float *lse, *of_label, *coefficient, *label_grad;
 
   static int64_t tokens_of_chunk(int threads) { return at_most(8192, threads <= 2 ? 512 : 256 * threads); }
 
@@ -200,15 +200,16 @@ struct Backward {
     const int64_t n = blocks * kBlock;
     label = reinterpret_cast<int32_t*>(p);
     lse = p + n;
-    g = p + 2 * n;
+    of_label = p + 2 * n;
     coefficient = p + 3 * n;
     label_grad = p + 4 * n;
     for (int64_t t = 0; t < n; ++t) {
       const bool real = t < args.tokens;
       const int64_t row = real ? token_row(args, t) : 0;
       label[t] = local_label(args, t);
-      lse[t] = real ? grad.lse[row] : 0.0f;
-      g[t] = real ? grad.g[row] : 0.0f;
+      lse[t] = real ? grad.lse[row] : kInf;  // no token: its probabilities are 0, whatever the bias
+      const float logprob = real ? grad.logprob[row] : 0.0f;
+      of_label[t] = real ? grad.h[row] * ::expf(logprob) - grad.g[row] * ::expm1f(logprob) : 0.0f;
       coefficient[t] = real ? grad.h[row] - grad.g[row] : 0.0f;
       label_grad[t] = 0.0f;
     }
@@ -324,7 +325,7 @@ struct Backward {
                                   label + at,
                                   lse + at,
                                   coefficient + at,
-                                  g + at,
+                                  of_label + at,
                                   label_grad + at,
                                   grad.dbias == nullptr ? nullptr : bias_part.floats() + first * kChunkRows,
                                   gradient,
@@ -359,7 +360,7 @@ struct Backward {
         for (int64_t j = 0; j < columns; ++j) std::memcpy(row + j * kBlock, from + j * kTile, kBlock * 4);
         for (int64_t i = label_at; i < stop; ++i) {
           const int64_t t = order[i] & 0xffffffff;
-          read_floats(h, args.hidden.row(token_row(args, t)), args.hidden.dtype, args.width);
+          read_factor(h, args.hidden, token_row(args, t));
           for (int64_t k = 0; k < args.width; ++k) row[k] += label_grad[t] * h[k];
         }
         write_floats(grad.dw.row(r), grad.dw.dtype, row, args.width);
@@ -375,13 +376,21 @@ struct Backward {
     return label_at;
   }
 
+  // A row as the products see it.
+  void read_factor(float* to, const Matrix& from, int64_t row) const {
+    read_floats(to, from.row(row), from.dtype, args.width);
+    if (args.precision == Precision::kBf16) {
+      for (int64_t k = 0; k < args.width; ++k) to[k] = from_bf16(to_bf16(to[k]));
+    }
+  }
+
   void finish_hidden(int thread, float* row) {
     float* w = row + engine.padded;
     for (int64_t t = thread; t < args.tokens; t += threads) {
       const float* from = dh.floats() + t / kBlock * columns * kTile + t % kBlock;
       for (int64_t k = 0; k < args.width; ++k) row[k] = from[k / kBlock * kTile + k % kBlock * kBlock];
       if (label[t] >= 0) {
-        read_floats(w, args.weight.row(label[t]), args.weight.dtype, args.width);
+        read_factor(w, args.weight, label[t]);
         for (int64_t k = 0; k < args.width; ++k) row[k] += label_grad[t] * w[k];
       }
       write_floats(grad.dh.row(token_row(args, t)), grad.dh.dtype, row, args.width);

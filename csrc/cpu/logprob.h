@@ -34,6 +34,7 @@ struct LogprobOut {
 // Gradient of sum_t g_t logprob_t + h_t lse_t. g, h, lse are by row of the input; dlogits may be the input itself, or
 // null.
 struct LogprobGrad {
+  const float* logprob;
   const float* lse;
   const float* g;
   const float* h;

@@ -151,7 +151,11 @@ struct BackwardTask {
         if (args.softcap > 0.0f) dz *= 1.0f - (x / args.softcap) * (x / args.softcap);
         store(z + k, dz);
       }
-      if (here) z[label - first] += g * args.logit_scale * (1.0f - capped * capped);
+      if (here) {  // g (1 - p) + h p: near p = 1 the difference of g and g p would be rounding alone
+        const float logprob = grad.logprob[row];
+        const float of_label = grad.h[row] * ::expf(logprob) - g * ::expm1f(logprob);
+        z[label - first] = of_label * args.logit_scale * (1.0f - capped * capped);
+      }
       if (grad.dlogits.data != nullptr) {
         uint8_t* to = static_cast<uint8_t*>(grad.dlogits.row(row)) + first * itemsize(grad.dlogits.dtype);
         write_floats(to, grad.dlogits.dtype, z, n);

@@ -3,14 +3,43 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
 namespace lldfast {
 
 void run_team(int n, void (*task)(void*, int), void* context) {
+  if (n == 1) return task(context, 0);
+  // Nobody begins before all are there: a team with a member missing would wait for it at its first barrier.
+  std::mutex mutex;
+  std::condition_variable decided;
+  int answer = 0;  // 1: begin, -1: go home
+  const auto decide = [&](int value) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      answer = value;
+    }
+    decided.notify_all();
+  };
+  const auto member = [&](int i) {
+    {
+      std::unique_lock<std::mutex> lock(mutex);
+      decided.wait(lock, [&] { return answer != 0; });
+    }
+    if (answer > 0) task(context, i);
+  };
   std::vector<std::thread> others;
-  for (int i = 1; i < n; ++i) others.emplace_back(task, context, i);
+  try {
+    for (int i = 1; i < n; ++i) others.emplace_back(member, i);
+  } catch (const std::exception& error) {
+    decide(-1);
+    for (std::thread& thread : others) thread.join();
+    throw std::runtime_error("cannot start " + std::to_string(n) + " threads (" + error.what() +
+                             "): ask for fewer with torch.set_num_threads");
+  }
+  decide(1);
   task(context, 0);
   for (std::thread& thread : others) thread.join();
 }

@@ -208,8 +208,9 @@ LLDFAST_INLINE float sum_lanes(const F (&row)[kV]) {
 // Gradient of sum_t g_t logprob_t + h_t lse_t by the logits before bias, scale and softcap, but for the labels' own
 // terms:
 //   dz = (h - g) softmax(z) * logit_scale * (1 - (z / softcap)^2),
-// handed to the engine two rows at a time. The label's term, +g at one logit per token, is left as a factor in
-// label_grad: in fp32 it goes straight into dH and dW, where a 16-bit dz would round the largest entry of its row.
+// handed to the engine two rows at a time. The label's own entry is 0 there and left as a factor in label_grad: in fp32
+// it goes straight into dH and dW. Near p = 1 it is the small g (1 - p), which a rounded p and a separate g would not
+// give.
 template <class Engine>
 struct GradEpilogue {
   static constexpr bool kNone = false;
@@ -219,7 +220,7 @@ struct GradEpilogue {
   const int32_t* label;  // [blocks][32], as in Lanes
   const float* lse;      // [blocks][32]
   const float* coefficient;
-  const float* g;
+  const float* of_label;  // g (1 - p) + h p of the label
   float* label_grad;
   float* bias_part;                    // [blocks][rows of the chunk]: sums over a block's tokens, or null
   typename Engine::Gradient gradient;  // where the engine wants the rows
@@ -246,7 +247,8 @@ struct GradEpilogue {
     if (args.bias != nullptr || args.logit_scale != 1.0f || args.softcap > 0.0f) transform(zb, rows, v0, args);
     match_labels(label + at, v0, rows, [&](int lane, int r) {
       const float x = args.softcap > 0.0f ? zb[r * kBlock + lane] / args.softcap : 0.0f;
-      label_grad[at + lane] = g[at + lane] * args.logit_scale * (1.0f - x * x);
+      label_grad[at + lane] = of_label[at + lane] * args.logit_scale * (1.0f - x * x);
+      zb[r * kBlock + lane] = lse[at + lane] - 100.0f;  // a probability of nothing
     });
     for (int i = 0; i < kV; ++i) {
       top[i] = load(lse + at + i * kWidth);

@@ -94,20 +94,25 @@ def softmax_stats_(z: Tensor, y: Tensor, shard: bool, argmax: bool = False, entr
 
 
 def logit_grad_(
-    z: Tensor, y: Tensor, shard: bool, lse: Tensor, g: Tensor, h: Tensor, softcap: float | None, logit_scale: float
-) -> Tensor:
-    """Gradient of sum(g logprob + h lse) by the logits before transform_, from z after it; overwrites z [R, V]."""
+    z: Tensor, y: Tensor, shard: bool, logprob: Tensor, lse: Tensor, g: Tensor, h: Tensor, softcap: float | None,
+    logit_scale: float,
+) -> Tensor:  # fmt: skip
+    """Gradient of sum(g logprob + h lse) by the logits before transform_, from z after it; overwrites z [R, V].
+
+    The label's entry is g (1 - p) + h p from logprob: near p = 1 the difference of g and g exp(z - lse) would be rounding alone.
+    """
     slope = None if softcap is None else logit_scale * (1 - (z / softcap).square_())
     dz = z.sub_(lse[:, None]).exp_().mul_((h - g)[:, None])
-    add_at_labels_(dz, y, shard, g)
+    set_at_labels_(dz, y, shard, h * logprob.exp() - g * torch.expm1(logprob))
     return dz.mul_(logit_scale if slope is None else slope)
 
 
-def add_at_labels_(dz: Tensor, y: Tensor, shard: bool, value: Tensor) -> None:
-    """dz[t, y_t] += value_t where y_t is in this shard."""
+def set_at_labels_(dz: Tensor, y: Tensor, shard: bool, value: Tensor) -> None:
+    """dz[t, y_t] = value_t where y_t is in this shard."""
     index, foreign = local_labels(y, dz.shape[-1], shard)
-    value = value if foreign is None else value.masked_fill(foreign, 0.0)
-    dz.scatter_add_(-1, index, value[:, None])
+    if foreign is not None:
+        value = torch.where(foreign, dz.gather(-1, index)[:, 0], value)
+    dz.scatter_(-1, index, value[:, None])
 
 
 def is_shard(rows: int, valid_vocab: int | None, vocab_start: int) -> bool:

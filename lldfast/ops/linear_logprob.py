@@ -107,10 +107,18 @@ def _(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest
 @torch.library.custom_op(
     "lldfast::linear_logprob_backward",
     mutates_args=(),
-    schema=f"(Tensor g, Tensor h, Tensor lse, {_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor g, Tensor h, Tensor logprob, Tensor lse, {_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
-    g: Tensor, h: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+    g: Tensor,
+    h: Tensor,
+    logprob: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     o, needs = Options(*rest[:-3]), rest[-3:]
     vocab, kept = o.vocab(weight), (labels != o.ignore_index).nonzero()[:, 0]
@@ -126,8 +134,8 @@ def _backward(
         dw = make_w(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
         db = hidden.new_zeros(len(weight) if needs[2] else 0, dtype=torch.float32)
         native.linear_logprob_bwd(
-            hidden, weight, y, rows, vocab, bias, o.softcap, o.logit_scale, o.precision, lse.contiguous(), g.contiguous(),
-            h.contiguous(), dh, dw, db,
+            hidden, weight, y, rows, vocab, bias, o.softcap, o.logit_scale, o.precision, logprob.contiguous(),
+            lse.contiguous(), g.contiguous(), h.contiguous(), dh, dw, db,
         )  # fmt: skip
     elif o.backend == "triton":
         from lldfast_kernels.linear_logprob import linear_logprob_bwd
@@ -144,7 +152,7 @@ def _backward(
     else:
         head = Head(hidden, weight, bias, vocab, o.precision)
         grads = Grads.zeros(hidden, weight, head.dtype, *needs)
-        torch_linear.backward(head, g, h, lse, hidden, y, kept, o.shard(weight), o.softcap, o.logit_scale, grads)
+        torch_linear.backward(head, g, h, logprob, lse, hidden, y, kept, o.shard(weight), o.softcap, o.logit_scale, grads)
         dh, dw, db = grads
     return dh.to(hidden.dtype), dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
 
@@ -161,7 +169,15 @@ def _empty_grads(
 
 @_backward.register_fake
 def _(
-    g: Tensor, h: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+    g: Tensor,
+    h: Tensor,
+    logprob: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     return _empty_grads(torch.empty_like, hidden, weight, bias, rest[-3:])
 
@@ -169,15 +185,17 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, labels, bias, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(hidden, weight, labels, output[1], bias)
+    ctx.save_for_backward(hidden, weight, labels, output[0], output[1], bias)
 
 
 def _autograd(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, labels, lse, bias = ctx.saved_tensors
+    hidden, weight, labels, logprob, lse, bias = ctx.saved_tensors
     g = torch.zeros_like(lse) if g is None else g
     h = torch.zeros_like(lse) if h is None else h
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    dh, dw, db = _backward(g, h, lse, hidden, weight, labels, bias, *ctx.options[:-2], need_hidden, need_weight, need_bias)
+    dh, dw, db = _backward(
+        g, h, logprob, lse, hidden, weight, labels, bias, *ctx.options[:-2], need_hidden, need_weight, need_bias
+    )
     return (dh if need_hidden else None, dw if need_weight else None, None, db if need_bias else None, *[None] * 9)
 
 
@@ -266,13 +284,14 @@ def _prepare(
     labels: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    logit_scale: float,
     valid_vocab: int | None,
     vocab_start: int,
     precision: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, str | None]:
     """Checked inputs, hidden flattened to [T, d] and labels to [T], and the precision."""
     inputs = {"hidden": hidden, "weight": weight, "bias": bias}
-    check_inputs(inputs, labels, hidden.shape[:-1], softcap, valid_vocab, vocab_start)
+    check_inputs(inputs, labels, hidden.shape[:-1], softcap, logit_scale, valid_vocab, vocab_start)
     check_precision(precision)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise InputError(f"weight has shape {tuple(weight.shape)}, but hidden has width {hidden.shape[-1]}: it must be [V, d]")
@@ -317,7 +336,7 @@ def linear_logprob(
             them (error under 1e-4 nats) at several times the speed of fp32 where a CPU has AMX; elsewhere it is computed in fp32.
         backend: "auto", "cpp", "triton" or "torch" (`lldfast.backends()` says what runs here).
     """
-    x, w, y, precision = _prepare(hidden, weight, labels, bias, softcap, valid_vocab, vocab_start, precision)
+    x, w, y, precision = _prepare(hidden, weight, labels, bias, softcap, logit_scale, valid_vocab, vocab_start, precision)
     backend = choose("linear_logprob", backend, hidden, weight)
     options = Options(softcap, logit_scale, ignore_index, valid_vocab, vocab_start, precision, backend)
     out = _forward(x, w, y, bias, *options, return_argmax, return_entropy)
@@ -359,7 +378,7 @@ def linear_cross_entropy(  # type: ignore[misc]
     """
     if reduction not in ("mean", "sum", "none"):
         raise InputError(f"reduction={reduction!r} is not 'mean', 'sum' or 'none'")
-    x, w, y, precision = _prepare(hidden, weight, labels, bias, softcap, valid_vocab, 0, precision)
+    x, w, y, precision = _prepare(hidden, weight, labels, bias, softcap, logit_scale, valid_vocab, 0, precision)
     if valid_vocab is not None and valid_vocab > weight.shape[0]:
         raise InputError(f"valid_vocab={valid_vocab} is more than the {weight.shape[0]} rows of weight")
     backend = choose("linear_logprob", backend, hidden, weight)

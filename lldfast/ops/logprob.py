@@ -88,6 +88,7 @@ def check_inputs(
     labels: Tensor,
     rows: Sequence[int],
     softcap: float | None,
+    logit_scale: float,
     valid_vocab: int | None,
     vocab_start: int,
 ) -> None:
@@ -105,8 +106,13 @@ def check_inputs(
         raise InputError(f"labels must be int32 or int64, not {labels.dtype}")
     if tuple(labels.shape) != tuple(rows):
         raise InputError(f"labels have shape {tuple(labels.shape)}, the inputs have {tuple(rows)} tokens")
-    if softcap is not None and not softcap > 0:
-        raise InputError(f"softcap must be positive, not {softcap}")
+    for name, number in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if isinstance(number, Tensor):
+            raise InputError(f"{name} must be a number: to learn a scale, multiply the hidden states (and the bias) by it")
+    if softcap is not None and not 1e-30 <= softcap <= 1e30:
+        raise InputError(f"softcap must be positive and finite, not {softcap}")
+    if not -1e30 <= logit_scale <= 1e30:
+        raise InputError(f"logit_scale must be finite, not {logit_scale}")
     if vocab_start < 0 or (valid_vocab is not None and valid_vocab < 1):
         raise InputError(f"vocab_start must be >= 0 and valid_vocab >= 1, not {vocab_start} and {valid_vocab}")
 
@@ -191,10 +197,10 @@ def _(logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
 @torch.library.custom_op(
     "lldfast::logprob_backward",
     mutates_args=(),
-    schema=f"(Tensor g, Tensor h, Tensor lse, {_INPUTS}, bool need_logits, bool need_bias) -> (Tensor, Tensor)",
+    schema=f"(Tensor g, Tensor h, Tensor logprob, Tensor lse, {_INPUTS}, bool need_logits, bool need_bias) -> (Tensor, Tensor)",
 )
 def _backward(
-    g: Tensor, h: Tensor, lse: Tensor, logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+    g: Tensor, h: Tensor, logprob: Tensor, lse: Tensor, logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     o, (need_logits, need_bias) = Options(*rest[:-2]), rest[-2:]
     dtype, vocab = accumulate_dtype(logits), o.vocab(logits)
@@ -208,7 +214,7 @@ def _backward(
         return d_logits, d_bias
     y, g, h = labels.long() - o.vocab_start, g.contiguous(), h.contiguous()
     if o.backend == "cpp":
-        native.logprob_bwd(logits, y, every, vocab, bias, o.softcap, o.logit_scale, lse, g, h, d_logits, d_bias)
+        native.logprob_bwd(logits, y, every, vocab, bias, o.softcap, o.logit_scale, logprob, lse, g, h, d_logits, d_bias)
     elif o.backend == "cuda":
         y, lse, g, h = (x if every is None else x[every].contiguous() for x in (y, lse, g, h))
         native.cuda_logprob_bwd(logits, y, every, vocab, bias, o.softcap, o.logit_scale, lse, g, h, d_logits, d_bias)
@@ -227,7 +233,7 @@ def _backward(
         for chunk in row_chunks(len(kept), vocab, dtype, logits.device):
             rows = kept[chunk]
             z = transform_(logits[rows, :vocab].to(dtype, copy=True), offset, o.softcap, o.logit_scale)
-            dz = logit_grad_(z, y[rows], o.shard(logits), lse[rows], g[rows], h[rows], o.softcap, o.logit_scale)
+            dz = logit_grad_(z, y[rows], o.shard(logits), logprob[rows], lse[rows], g[rows], h[rows], o.softcap, o.logit_scale)
             if need_logits:
                 d_logits[rows, :vocab] = dz.to(logits.dtype)
             if need_bias:
@@ -236,7 +242,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _(g: Tensor, h: Tensor, lse: Tensor, logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _(
+    g: Tensor, h: Tensor, logprob: Tensor, lse: Tensor, logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     need_logits, need_bias = rest[-2:]
     d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if need_logits else logits.new_empty(0)
     return d_logits, logits.new_empty(logits.shape[1] if need_bias else 0, dtype=accumulate_dtype(logits))
@@ -245,15 +253,15 @@ def _(g: Tensor, h: Tensor, lse: Tensor, logits: Tensor, labels: Tensor, bias: T
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, bias, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(logits, labels, output[1], bias)
+    ctx.save_for_backward(logits, labels, output[0], output[1], bias)
 
 
 def _autograd(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, labels, lse, bias = ctx.saved_tensors
+    logits, labels, logprob, lse, bias = ctx.saved_tensors
     g = torch.zeros_like(lse) if g is None else g
     h = torch.zeros_like(lse) if h is None else h
     need_logits, _, need_bias = ctx.needs_input_grad[:3]
-    d_logits, d_bias = _backward(g, h, lse, logits, labels, bias, *ctx.options[:-2], need_logits, need_bias)
+    d_logits, d_bias = _backward(g, h, logprob, lse, logits, labels, bias, *ctx.options[:-2], need_logits, need_bias)
     return (d_logits if need_logits else None, None, d_bias.to(bias.dtype) if need_bias else None, *[None] * 8)
 
 
@@ -302,7 +310,7 @@ def logprob(
     Raises:
         InputError: shapes, dtypes or devices do not fit, a label is out of range, an option or backend is unknown.
     """
-    check_inputs({"logits": logits, "bias": bias}, labels, logits.shape[:-1], softcap, valid_vocab, vocab_start)
+    check_inputs({"logits": logits, "bias": bias}, labels, logits.shape[:-1], softcap, logit_scale, valid_vocab, vocab_start)
     check_precision(precision, (None, "fp32"))
     check_bias(bias, logits.shape[-1])
     options = Options(softcap, logit_scale, ignore_index, valid_vocab, vocab_start, choose("logprob", backend, logits))
@@ -314,7 +322,7 @@ def logprob(
 def merge_vocab_shards(shards: Sequence[LogprobResult]) -> LogprobResult:
     """Combine the results of vocabulary shards (each with return_lse=True) into that of the whole vocabulary.
 
-    argmax and entropy are merged where every shard has them. Differentiable, as its parts are.
+    argmax and entropy are merged where every shard has them. Differentiable in logprob and lse.
     """
     if not shards or any(s.lse is None for s in shards):
         raise InputError("merge_vocab_shards needs at least one result, each made with return_lse=True")
@@ -333,8 +341,10 @@ def merge_vocab_shards(shards: Sequence[LogprobResult]) -> LogprobResult:
         top, first = tops.max(0)
         argmax = torch.stack([s.argmax for s in shards if s.argmax is not None]).gather(0, first[None])[0]
     if all(s.entropy is not None for s in shards):
-        entropies = torch.stack([s.entropy for s in shards if s.entropy is not None])
-        share = (lses - torch.where(ignored, 0.0, lse)).exp()
+        # No gradient: that of a shard's own entropy is not known.
+        entropies = torch.stack([s.entropy.detach() for s in shards if s.entropy is not None])
+        lses, whole = lses.detach(), lse.detach()
+        share = (lses - torch.where(ignored, 0.0, whole)).exp()
         mean_logit = torch.where(share > 0, share * (lses - entropies), 0.0).sum(0)
-        entropy = torch.where(ignored, 0.0, lse - mean_logit)
+        entropy = torch.where(ignored, 0.0, whole - mean_logit)
     return LogprobResult(logprob, lse, argmax, entropy, top)

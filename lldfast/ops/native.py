@@ -60,14 +60,15 @@ def logprob_fwd(
 
 def logprob_bwd(
     logits: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
-    logit_scale: float, lse: Tensor, g: Tensor, h: Tensor, d_logits: Tensor, d_bias: Tensor, isa: str = "",
+    logit_scale: float, logprob: Tensor, lse: Tensor, g: Tensor, h: Tensor, d_logits: Tensor, d_bias: Tensor, isa: str = "",
 ) -> None:  # fmt: skip
     """Fills d_logits [T, V] and d_bias [V] where they are not empty; columns behind `vocab` and other rows stay as they are."""
     logits, bias = columns_contiguous(logits), _fp32(bias, vocab)
     tokens = len(logits) if rows is None else len(rows)
     _module().logprob_bwd(
         _matrix(logits), _address(rows), tokens, vocab, _address(labels), _address(bias), softcap or 0.0, logit_scale,
-        _threads(64 * tokens * vocab), isa, _address(lse), _address(g), _address(h), _matrix(d_logits), _address(d_bias),
+        _threads(64 * tokens * vocab), isa, _address(logprob), _address(lse), _address(g), _address(h), _matrix(d_logits),
+        _address(d_bias),
     )  # fmt: skip
 
 
@@ -92,16 +93,16 @@ def linear_logprob_fwd(
 
 def linear_logprob_bwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
-    logit_scale: float, precision: str | None, lse: Tensor, g: Tensor, h: Tensor, dh: Tensor, dw: Tensor, db: Tensor,
-    isa: str = "",
+    logit_scale: float, precision: str | None, logprob: Tensor, lse: Tensor, g: Tensor, h: Tensor, dh: Tensor, dw: Tensor,
+    db: Tensor, isa: str = "",
 ) -> None:  # fmt: skip
     """Fills dh [T, d], dw [V, d] in their dtypes and db [V] fp32 where they are not empty; sums are in fp32."""
     hidden, weight, bias = columns_contiguous(hidden), columns_contiguous(weight), _fp32(bias, vocab)
     tokens, width = len(hidden) if rows is None else len(rows), hidden.shape[1]
     _module().linear_logprob_bwd(
         _matrix(hidden), _address(rows), tokens, width, _matrix(weight), vocab, _address(labels), _address(bias), softcap or 0.0,
-        logit_scale, linear_precision(precision, hidden, weight), _threads(tokens * vocab * width), isa, _address(lse),
-        _address(g), _address(h), _matrix(dh), _matrix(dw), _address(db),
+        logit_scale, linear_precision(precision, hidden, weight), _threads(tokens * vocab * width), isa, _address(logprob),
+        _address(lse), _address(g), _address(h), _matrix(dh), _matrix(dw), _address(db),
     )  # fmt: skip
 
 

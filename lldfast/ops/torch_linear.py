@@ -13,9 +13,9 @@ from torch import Tensor
 from lldfast.ops.chunks import (
     Outputs,
     accumulate_dtype,
-    add_at_labels_,
     logit_grad_,
     row_chunks,
+    set_at_labels_,
     softmax_stats_,
     transform_,
 )
@@ -114,7 +114,7 @@ def forward(
 
 
 def backward(
-    head: Head, g: Tensor, h: Tensor, lse: Tensor, hidden: Tensor, labels: Tensor, kept: Tensor, shard: bool,
+    head: Head, g: Tensor, h: Tensor, logprob: Tensor, lse: Tensor, hidden: Tensor, labels: Tensor, kept: Tensor, shard: bool,
     softcap: float | None, logit_scale: float, grads: Grads,
 ) -> None:  # fmt: skip
     """Adds the gradients of sum(g logprob + h lse) to `grads`; the logits are computed again."""
@@ -122,7 +122,7 @@ def backward(
         rows = kept[chunk]
         h_rows = head.rows(hidden, rows)
         z = head.logits(h_rows, softcap, logit_scale)
-        dz = logit_grad_(z, labels[rows], shard, lse[rows], g[rows], h[rows], softcap, logit_scale)
+        dz = logit_grad_(z, labels[rows], shard, logprob[rows], lse[rows], g[rows], h[rows], softcap, logit_scale)
         head.add_grads(dz, h_rows, grads, rows)
 
 
@@ -136,7 +136,7 @@ def loss_and_grad(head: Head, softcap: float | None, logit_scale: float, needed:
         slope = 1 - (z / softcap).square_() if softcap is not None and needed else None
         logprob, *_, dz = softmax_stats_(z, y, shard=False)
         if needed:
-            add_at_labels_(dz, y, False, dz.new_full((), -1.0).expand(len(y)))
+            set_at_labels_(dz, y, False, torch.expm1(logprob))
             if slope is not None:
                 dz.mul_(slope)
             if logit_scale != 1.0:
