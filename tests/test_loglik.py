@@ -366,6 +366,17 @@ def test_true_kl_needs_one_tokenizer(scorer, bpe, texts):
         token_kl(scorer, scorer.with_bos("none"), texts)
 
 
+def test_precision_is_of_the_head(scorer, texts, monkeypatch):
+    exact, rounded, split = (score(scorer, texts, precision=p).logprob for p in (None, "bf16", "bf16x3"))
+    assert not np.array_equal(exact, rounded)
+    np.testing.assert_allclose(split, exact, rtol=1e-4)
+    with pytest.raises(InputError, match="precision='fp8'"):
+        score(scorer, texts, precision="fp8")
+    monkeypatch.setattr(scorer, "separate_head", False)
+    with pytest.raises(InputError, match="makes its own logits"):
+        score(scorer, texts, precision="bf16")
+
+
 def test_memory_of_full_logits_is_bounded(scorer, monkeypatch):
     assert scoring.layer_tokens(scorer, 100) == 100
     assert scoring.layer_tokens(scorer, 10**9) == scoring.CPU_ACTIVATION_BYTES // (16 * 32)

@@ -128,8 +128,8 @@ struct AmxEngine {
 
   static constexpr int64_t kChunkRows = 512;
   static constexpr int64_t kGroupBytes = 1152 << 10;
-  static constexpr int64_t kSlab =
-      12 / kParts;  // steps whose part of A, 24 KB, stays in the first cache while the blocks pass
+  // Steps whose part of A, 24 KB, stays in the first cache while the blocks pass.
+  static constexpr int64_t kSlab = 12 / kParts;
   static constexpr int64_t kStep = 32;
 
   // How often multiply() advances its prefetcher.
@@ -275,9 +275,10 @@ struct AmxEngine {
   }
 
   struct Gradient {
-    uint8_t* by_row;  // panels A of dW = dz^T H: [kChunkRows / 32][blocks] x 2 tiles of 16 rows x 32 tokens
-    uint8_t*
-        by_block;  // blocks B of dH^T = W^T dz: [blocks][kChunkRows / 32] x 2 tiles of 16 pairs of rows x 16 tokens
+    // Panels A of dW = dz^T H: [kChunkRows / 32][blocks] x 2 tiles of 16 rows x 32 tokens.
+    uint8_t* by_row;
+    // Blocks B of dH^T = W^T dz: [blocks][kChunkRows / 32] x 2 tiles of 16 pairs of rows x 16 tokens.
+    uint8_t* by_block;
     int64_t tokens;
   };
 

@@ -95,6 +95,10 @@ def token_logprobs(
     """Log-likelihood of the labels, fp32 [B, T], 0 where ignored; differentiable when gradients are on."""
     if scorer.separate_head:
         return head_logprobs(scorer, hidden_states(scorer, batch, amp_dtype), batch.labels, backend, amp_dtype, precision)
+    if precision is not None:
+        raise InputError(
+            f"{scorer.name} makes its own logits: precision={precision!r} needs a model whose head can be taken apart"
+        )
     with _autocast(scorer, amp_dtype):
         logits = scorer.logits(batch.ids)
     return logprob(logits, batch.labels, backend=backend).logprob
