@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lldfast.backends import extension
 from lldfast.data.shards import ShardWriter, TokenShards, write_manifest
 
 # Programs that tests start must import the installed package too, not the checkout they are started in, which has no extension.
@@ -47,6 +48,24 @@ def _poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return tensor
 
     return poisoned
+
+
+@pytest.fixture
+def force_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
+    """force_backend(module of an op, name): "auto" becomes it on a CPU, except for fp64 inputs, which only torch takes."""
+
+    def force(module: Any, name: str) -> None:
+        if name == "cpp" and extension() is None:
+            pytest.skip("lldfast._C is not built")
+        original = module.choose
+
+        def choose(op: str, backend: str, *tensors: torch.Tensor) -> str:
+            fixed = backend == "auto" and tensors[0].device.type == "cpu" and original(op, backend, *tensors) != "torch"
+            return original(op, name if fixed else backend, *tensors)
+
+        monkeypatch.setattr(module, "choose", choose)
+
+    return force
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lldfast.backends import extension
 from lldfast.errors import InputError
 from lldfast.ops import chunks
 from lldfast.ops import linear_logprob as linear
@@ -24,17 +23,8 @@ EVERYTHING = {"return_lse": True, "return_argmax": True, "return_entropy": True}
 
 
 @pytest.fixture(params=["torch", "cpp"], autouse=True)
-def backend(request, monkeypatch):
-    """Every test runs on both: "auto" becomes the parameter, except for fp64 inputs, which only torch takes."""
-    if request.param == "cpp" and extension() is None:
-        pytest.skip("lldfast._C is not built")
-    original = linear.choose
-
-    def choose(op, name, *tensors):
-        fixed = name == "auto" and tensors[0].device.type == "cpu" and original(op, name, *tensors) != "torch"
-        return original(op, request.param if fixed else name, *tensors)
-
-    monkeypatch.setattr(linear, "choose", choose)
+def backend(request, force_backend):
+    force_backend(linear, request.param)
     return request.param
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lldfast.backends import extension
 from lldfast.errors import InputError
 from lldfast.ops import chunks
 from lldfast.ops import logprob as module
@@ -18,17 +17,8 @@ EVERYTHING = {"return_lse": True, "return_argmax": True, "return_entropy": True}
 
 
 @pytest.fixture(params=["torch", "cpp"], autouse=True)
-def backend(request, monkeypatch):
-    """Every test runs on both: "auto" becomes the parameter, except for fp64 inputs, which only torch takes."""
-    if request.param == "cpp" and extension() is None:
-        pytest.skip("lldfast._C is not built")
-    original = module.choose
-
-    def choose(op, name, *tensors):
-        fixed = name == "auto" and tensors[0].device.type == "cpu" and original(op, name, *tensors) != "torch"
-        return original(op, request.param if fixed else name, *tensors)
-
-    monkeypatch.setattr(module, "choose", choose)
+def backend(request, force_backend):
+    force_backend(module, request.param)
     return request.param
 
 
@@ -232,7 +222,7 @@ def test_second_derivative_is_refused():
 def test_opcheck(backend):
     logits, bias = torch.randn(5, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     labels = torch.tensor([1, 2, -100, 7, 0])
-    options = (3.0, 0.5, -100, 8, 0, backend)
+    options = (3.0, 0.5, -100, 8, 0, None, backend)
     torch.library.opcheck(torch.ops.lldfast.logprob, (logits, labels, bias, *options, True, True))
 
 

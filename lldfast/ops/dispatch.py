@@ -1,15 +1,50 @@
-"""Which implementation of an op serves a call, decided before the op is entered: inside it, everything is plain numbers."""
+"""Which implementation of an op serves a call, and the options that logprob and linear_logprob hand to their custom ops.
+
+Both are settled before an op is entered: inside it, everything is plain numbers.
+"""
 
 import importlib.util
 import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lldfast.backends import isa, resolve
 from lldfast.errors import InputError
+from lldfast.ops.chunks import is_shard, kept_rows, local_vocab
 
 PRECISIONS = (None, "fp32", "bf16", "bf16x3")
+
+# The fields of Options, as torch.library's schemas want them.
+OPTIONS = "float? softcap, float logit_scale, int ignore_index, int? valid_vocab, int vocab_start, str? precision, str backend"
+
+
+class Options(NamedTuple):
+    """The arguments of the custom ops behind their tensors. `rows` below is the vocabulary dimension of head or logits."""
+
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    valid_vocab: int | None
+    vocab_start: int
+    precision: str | None
+    backend: str
+
+    def vocab(self, rows: int) -> int:
+        return local_vocab(rows, self.valid_vocab, self.vocab_start)
+
+    def shard(self, rows: int) -> bool:
+        return is_shard(rows, self.valid_vocab, self.vocab_start)
+
+    def kept(self, rows: int, labels: Tensor) -> Tensor | None:
+        """`kept_rows`, which raises for labels outside the whole vocabulary."""
+        return kept_rows(labels, self.ignore_index, self.vocab_start + rows if self.valid_vocab is None else self.valid_vocab)
+
+    def triton(self, vocab: int, bias: Tensor | None) -> dict[str, Any]:
+        """Keyword arguments of the launchers in lldfast_kernels."""
+        bias = None if bias is None else bias.float()
+        return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "vocab": vocab}
 
 
 @torch.compiler.assume_constant_result

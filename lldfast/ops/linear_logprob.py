@@ -4,7 +4,7 @@
 read from the same tile as the lse. Backends: C++ on a CPU (csrc/cpu/linear_logprob.h), Triton on a GPU, and torch anywhere.
 """
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from lldfast.errors import InputError
 from lldfast.ops import logprob as given
 from lldfast.ops import native, torch_linear
-from lldfast.ops.chunks import Outputs, accumulate_dtype, is_shard, kept_rows, local_vocab
-from lldfast.ops.dispatch import check_precision, choose
+from lldfast.ops.chunks import Outputs, accumulate_dtype, local_vocab
+from lldfast.ops.dispatch import OPTIONS, Options, check_precision, choose
 from lldfast.ops.logprob import LogprobResult, check_bias, check_inputs, shape_result
 from lldfast.ops.torch_linear import Grads, Head
 
@@ -27,44 +27,14 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) ->
     return given.reference(logits, labels, bias=None if bias is None else bias[:vocab], **options)
 
 
-class Options(NamedTuple):
-    """The arguments of the custom ops behind hidden, weight, labels and bias."""
-
-    softcap: float | None
-    logit_scale: float
-    ignore_index: int
-    valid_vocab: int | None
-    vocab_start: int
-    precision: str | None
-    backend: str
-
-    def vocab(self, weight: Tensor) -> int:
-        return local_vocab(weight.shape[0], self.valid_vocab, self.vocab_start)
-
-    def shard(self, weight: Tensor) -> bool:
-        return is_shard(weight.shape[0], self.valid_vocab, self.vocab_start)
-
-    def kept(self, weight: Tensor, labels: Tensor) -> Tensor | None:
-        return kept_rows(
-            labels, self.ignore_index, self.vocab_start + weight.shape[0] if self.valid_vocab is None else self.valid_vocab
-        )
-
-    def triton(self, vocab: int, bias: Tensor | None) -> dict[str, Any]:
-        bias = None if bias is None else bias.float()
-        return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "vocab": vocab}
-
-    def factors(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What Triton multiplies: both in one dtype."""
-        if self.precision == "bf16":
-            return hidden.bfloat16(), weight.bfloat16()
-        same = hidden.dtype == weight.dtype
-        return (hidden, weight) if same else (hidden.float(), weight.float())
+def factors(hidden: Tensor, weight: Tensor, precision: str | None) -> tuple[Tensor, Tensor]:
+    """What Triton multiplies: both in one dtype."""
+    if precision == "bf16":
+        return hidden.bfloat16(), weight.bfloat16()
+    return (hidden, weight) if hidden.dtype == weight.dtype else (hidden.float(), weight.float())
 
 
-_INPUTS = (
-    "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float? softcap, float logit_scale, int ignore_index, "
-    "int? valid_vocab, int vocab_start, str? precision, str backend"
-)
+_INPUTS = f"Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {OPTIONS}"
 _NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
 
 
@@ -76,7 +46,7 @@ _NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
 def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     o, (argmax, entropy) = Options(*rest[:-2]), rest[-2:]
     out = Outputs.zeros(hidden, len(hidden), accumulate_dtype(hidden, weight), argmax, entropy)
-    kept, vocab = o.kept(weight, labels), o.vocab(weight)
+    kept, vocab = o.kept(len(weight), labels), o.vocab(len(weight))
     every: slice | Tensor = slice(None) if kept is None else kept
     if len(hidden) == 0 or (kept is not None and len(kept) == 0):
         return tuple(out)
@@ -91,11 +61,11 @@ def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
     elif o.backend == "triton":
         from lldfast_kernels.linear_logprob import linear_logprob_fwd
 
-        h, w = o.factors(hidden[every], weight)
+        h, w = factors(hidden[every], weight, o.precision)
         out.put(every, linear_logprob_fwd(h, w, y[every], **o.triton(vocab, bias), argmax=argmax, entropy=entropy), o.vocab_start)
     else:
         head = Head(hidden, weight, bias, vocab, o.precision)
-        torch_linear.forward(head, hidden, y, kept, o.shard(weight), o.softcap, o.logit_scale, o.vocab_start, out)
+        torch_linear.forward(head, hidden, y, kept, o.shard(len(weight)), o.softcap, o.logit_scale, o.vocab_start, out)
     return tuple(out)
 
 
@@ -121,7 +91,7 @@ def _backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     o, needs = Options(*rest[:-3]), rest[-3:]
-    vocab, kept = o.vocab(weight), (labels != o.ignore_index).nonzero()[:, 0]
+    vocab, kept = o.vocab(len(weight)), (labels != o.ignore_index).nonzero()[:, 0]
     y = labels.long() - o.vocab_start
     if len(kept) == 0 or vocab == 0:
         return _empty_grads(torch.zeros_like, hidden, weight, bias, needs)
@@ -140,7 +110,7 @@ def _backward(
     elif o.backend == "triton":
         from lldfast_kernels.linear_logprob import linear_logprob_bwd
 
-        x, w = o.factors(hidden[kept], weight)
+        x, w = factors(hidden[kept], weight, o.precision)
         part, dw, db = linear_logprob_bwd(
             g[kept], h[kept], x, w, y[kept], lse[kept], **o.triton(vocab, bias),
             need_hidden=needs[0], need_weight=needs[1], need_bias=needs[2],
@@ -152,7 +122,7 @@ def _backward(
     else:
         head = Head(hidden, weight, bias, vocab, o.precision)
         grads = Grads.zeros(hidden, weight, head.dtype, *needs)
-        torch_linear.backward(head, g, h, logprob, lse, hidden, y, kept, o.shard(weight), o.softcap, o.logit_scale, grads)
+        torch_linear.backward(head, g, h, logprob, lse, hidden, y, kept, o.shard(len(weight)), o.softcap, o.logit_scale, grads)
         dh, dw, db = grads
     return dh.to(hidden.dtype), dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
 
@@ -213,10 +183,10 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
     For backends that hold a chunk's logits and so get its gradient for two products more. The C++ kernels never hold them.
     """
     o, needs = Options(*rest[:-3]), rest[-3:]
-    vocab = o.vocab(weight)
+    vocab = o.vocab(len(weight))
     head = Head(hidden, weight, bias, vocab, o.precision)
     grads = Grads.zeros(hidden, weight, head.dtype, *needs)
-    kept = o.kept(weight, labels)
+    kept = o.kept(len(weight), labels)
     logprobs = hidden.new_zeros(len(hidden), dtype=head.dtype)
     run = torch_linear.loss_and_grad(head, o.softcap, o.logit_scale, any(needs))
     if o.backend == "triton":

@@ -18,15 +18,12 @@ from lldfast.ops.chunks import (
     NEG_INF,
     Outputs,
     accumulate_dtype,
-    is_shard,
-    kept_rows,
-    local_vocab,
     logit_grad_,
     row_chunks,
     softmax_stats_,
     transform_,
 )
-from lldfast.ops.dispatch import check_precision, choose
+from lldfast.ops.dispatch import OPTIONS, Options, check_precision, choose
 
 
 class LogprobResult(NamedTuple):
@@ -122,31 +119,7 @@ def check_bias(bias: Tensor | None, vocab: int) -> None:
         raise InputError(f"bias has shape {tuple(bias.shape)}, the vocabulary dimension has {vocab}")
 
 
-class Options(NamedTuple):
-    """The arguments of the custom ops behind logits, labels and bias."""
-
-    softcap: float | None
-    logit_scale: float
-    ignore_index: int
-    valid_vocab: int | None
-    vocab_start: int
-    backend: str
-
-    def vocab(self, logits: Tensor) -> int:
-        return local_vocab(logits.shape[1], self.valid_vocab, self.vocab_start)
-
-    def shard(self, logits: Tensor) -> bool:
-        return is_shard(logits.shape[1], self.valid_vocab, self.vocab_start)
-
-    def triton(self, vocab: int, bias: Tensor | None) -> dict[str, Any]:
-        bias = None if bias is None else bias.float()
-        return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "vocab": vocab}
-
-
-_INPUTS = (
-    "Tensor logits, Tensor labels, Tensor? bias, float? softcap, float logit_scale, int ignore_index, int? valid_vocab, "
-    "int vocab_start, str backend"
-)
+_INPUTS = f"Tensor logits, Tensor labels, Tensor? bias, {OPTIONS}"
 
 
 @torch.library.custom_op(
@@ -156,9 +129,9 @@ _INPUTS = (
 )
 def _forward(logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     o, (argmax, entropy) = Options(*rest[:-2]), rest[-2:]
-    dtype, vocab = accumulate_dtype(logits), o.vocab(logits)
+    dtype, vocab = accumulate_dtype(logits), o.vocab(logits.shape[1])
     out = Outputs.zeros(logits, len(logits), dtype, argmax, entropy)
-    kept = kept_rows(labels, o.ignore_index, o.vocab_start + logits.shape[1] if o.valid_vocab is None else o.valid_vocab)
+    kept = o.kept(logits.shape[1], labels)
     every: slice | Tensor = slice(None) if kept is None else kept
     if len(logits) == 0 or (kept is not None and len(kept) == 0):
         return tuple(out)
@@ -185,7 +158,7 @@ def _forward(logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) ->
         for chunk in row_chunks(len(logits) if kept is None else len(kept), vocab, dtype, logits.device):
             rows = chunk if kept is None else kept[chunk]
             z = transform_(logits[rows, :vocab].to(dtype, copy=True), offset, o.softcap, o.logit_scale)
-            out.put(rows, softmax_stats_(z, y[rows], o.shard(logits), argmax, entropy), o.vocab_start)
+            out.put(rows, softmax_stats_(z, y[rows], o.shard(logits.shape[1]), argmax, entropy), o.vocab_start)
     return tuple(out)
 
 
@@ -203,7 +176,7 @@ def _backward(
     g: Tensor, h: Tensor, logprob: Tensor, lse: Tensor, logits: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     o, (need_logits, need_bias) = Options(*rest[:-2]), rest[-2:]
-    dtype, vocab = accumulate_dtype(logits), o.vocab(logits)
+    dtype, vocab = accumulate_dtype(logits), o.vocab(logits.shape[1])
     kept = (labels != o.ignore_index).nonzero()[:, 0]
     every = None if len(kept) == len(labels) else kept
     # The C++ kernels write every place that has a value; the others are 0.
@@ -233,7 +206,8 @@ def _backward(
         for chunk in row_chunks(len(kept), vocab, dtype, logits.device):
             rows = kept[chunk]
             z = transform_(logits[rows, :vocab].to(dtype, copy=True), offset, o.softcap, o.logit_scale)
-            dz = logit_grad_(z, y[rows], o.shard(logits), logprob[rows], lse[rows], g[rows], h[rows], o.softcap, o.logit_scale)
+            at = (logprob[rows], lse[rows], g[rows], h[rows])
+            dz = logit_grad_(z, y[rows], o.shard(logits.shape[1]), *at, o.softcap, o.logit_scale)
             if need_logits:
                 d_logits[rows, :vocab] = dz.to(logits.dtype)
             if need_bias:
@@ -262,7 +236,7 @@ def _autograd(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -
     h = torch.zeros_like(lse) if h is None else h
     need_logits, _, need_bias = ctx.needs_input_grad[:3]
     d_logits, d_bias = _backward(g, h, logprob, lse, logits, labels, bias, *ctx.options[:-2], need_logits, need_bias)
-    return (d_logits if need_logits else None, None, d_bias.to(bias.dtype) if need_bias else None, *[None] * 8)
+    return (d_logits if need_logits else None, None, d_bias.to(bias.dtype) if need_bias else None, *[None] * 9)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -313,7 +287,7 @@ def logprob(
     check_inputs({"logits": logits, "bias": bias}, labels, logits.shape[:-1], softcap, logit_scale, valid_vocab, vocab_start)
     check_precision(precision, (None, "fp32"))
     check_bias(bias, logits.shape[-1])
-    options = Options(softcap, logit_scale, ignore_index, valid_vocab, vocab_start, choose("logprob", backend, logits))
+    options = Options(softcap, logit_scale, ignore_index, valid_vocab, vocab_start, precision, choose("logprob", backend, logits))
     flat = logits.reshape(-1, logits.shape[-1]) if logits.dim() != 2 else logits
     out = _forward(flat, labels.reshape(-1), bias, *options, return_argmax, return_entropy)
     return shape_result(out, labels.shape, return_lse, return_argmax, return_entropy)

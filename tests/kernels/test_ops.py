@@ -394,7 +394,7 @@ def test_opcheck():
     options = (3.0, 0.5, -100, 11, 0)
     labels.clamp_(max=10)
     torch.library.opcheck(
-        torch.ops.lldfast.logprob, (logits, labels, leaves[2], *options, "triton", True, True), test_utils=tests
+        torch.ops.lldfast.logprob, (logits, labels, leaves[2], *options, None, "triton", True, True), test_utils=tests
     )
     args = (*leaves[:2], labels, leaves[2], *options, None, "triton")
     torch.library.opcheck(torch.ops.lldfast.linear_logprob, (*args, True, True), test_utils=tests)
