@@ -40,8 +40,7 @@ inline void forward_row(const LogprobArgs& args, const LogprobOut& out, int64_t 
   const int64_t row = args.rows == nullptr ? t : args.rows[t], label = args.labels[row];
   float top = -kInf, z_label = -kInf;
   int64_t best = 0;
-  F sum[4], moment[4];
-  for (int i = 0; i < 4; ++i) sum[i] = moment[i] = splat(0.0f);
+  double total = 0.0, total_moment = 0.0;  // of the pieces so far, relative to top: many small terms keep their weight
   for (int64_t first = 0; first < args.vocab; first += kPiece) {
     const int64_t n = args.vocab - first < kPiece ? args.vocab - first : kPiece;
     const int64_t whole = read_piece(z, args, row, first, n);
@@ -61,20 +60,19 @@ inline void forward_row(const LogprobArgs& args, const LogprobOut& out, int64_t 
         best = first + k;
       }
       if (top != -kInf) {
-        const float change = top - piece_top;
-        const F factor = exp(splat(change));
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (kEntropy) moment[i] = (moment[i] + sum[i] * max(splat(-87.0f), splat(change))) * factor;
-          sum[i] *= factor;
-        }
+        const double change = static_cast<double>(top) - piece_top, factor = std::exp(change);
+        if constexpr (kEntropy) total_moment = (total_moment + total * (change > -87.0 ? change : -87.0)) * factor;
+        total *= factor;
       } else if (first > 0) {
         // Everything before was -inf (or NaN, which stays): its places count nothing beside a finite maximum.
-        for (int i = 0; i < 4; ++i) sum[i] = select(sum[i] == sum[i], splat(0.0f), sum[i]);
-        for (int i = 0; i < 4; ++i) moment[i] = splat(0.0f);
+        if (total == total) total = 0.0;
+        total_moment = 0.0;
       }
       top = piece_top;
     }
     const F reference = splat(top == -kInf ? 0.0f : top);
+    F sum[4], moment[4];
+    for (int i = 0; i < 4; ++i) sum[i] = moment[i] = splat(0.0f);
     for (int64_t k = 0; k < whole; k += 4 * kWidth) {
       for (int i = 0; i < 4; ++i) {
         const F x = load(z + k + i * kWidth) - reference;
@@ -83,12 +81,11 @@ inline void forward_row(const LogprobArgs& args, const LogprobOut& out, int64_t 
         if constexpr (kEntropy) moment[i] += e * max(splat(-87.0f), x);
       }
     }
-  }
-  double total = 0.0, total_moment = 0.0;
-  for (int i = 0; i < 4; ++i) {
-    for (int k = 0; k < kWidth; ++k) {
-      total += sum[i][k];
-      if constexpr (kEntropy) total_moment += moment[i][k];
+    for (int i = 0; i < 4; ++i) {
+      for (int k = 0; k < kWidth; ++k) {
+        total += sum[i][k];
+        if constexpr (kEntropy) total_moment += moment[i][k];
+      }
     }
   }
   const double log_sum = std::isinf(top) && !std::isnan(total) ? 0.0 : std::log(total);
