@@ -12,6 +12,7 @@
 
 #include "cpu/linear_logprob.h"
 #include "cpu/logprob.h"
+#include "cpu/sketch.h"
 #include "cpu/tokens.h"
 #include "cpu/xxh3.h"
 #include "dispatch.h"
@@ -132,6 +133,30 @@ lldfast::LinearLogprobArgs linear_args(const MatrixTuple& hidden, uintptr_t rows
           integers(labels), floats(bias),   softcap, logit_scale, precision_of(precision), threads};
 }
 
+std::array<double, 1 + lldfast::kSketchDots> sketch_fold(uintptr_t g, const std::string& dtype, int64_t n,
+                                                         int64_t offset, uintptr_t out, int64_t k, uint64_t seed,
+                                                         uintptr_t scale, uintptr_t dot0, uintptr_t dot1, int threads,
+                                                         const std::string& isa) {
+  if (n < 1 || offset < 0 || threads < 1) throw py::value_error("sketch_fold: n, offset or threads is out of range");
+  if (k < 1 || (k & (k - 1)) != 0) throw py::value_error("sketch_fold: k must be a power of two");
+  std::array<double, 1 + lldfast::kSketchDots> sums;
+  const lldfast::SketchArgs args = {reinterpret_cast<const void*>(g),
+                                    dtype_of(dtype),
+                                    n,
+                                    offset,
+                                    reinterpret_cast<double*>(out),
+                                    k,
+                                    seed,
+                                    floats(scale),
+                                    {floats(dot0), floats(dot1)},
+                                    threads,
+                                    sums.data()};
+  const lldfast::Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  lldfast::sketch_fold(chosen, args);
+  return sums;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -146,6 +171,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("domain"), py::arg("start"), py::arg("length"), py::arg("x"), py::arg("y"),
       "Fill x and y (addresses of int64 [rows, length]) with windows and next tokens; None, or (row, position, token) "
       "of the first token id at or above vocab_size.");
+
+  m.def("sketch_fold", &sketch_fold, "Add the XOR-fold of g to out; |g scale|^2 and two inner products (csrc/cpu/sketch.h).");
 
   // Given logits: csrc/cpu/logprob.h. Hidden states and head: csrc/cpu/linear_logprob.h. isa "" is the one in use.
   m.def("logprob_fwd",

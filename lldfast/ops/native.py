@@ -106,6 +106,18 @@ def linear_logprob_bwd(
     )  # fmt: skip
 
 
+def sketch_fold(
+    out: Tensor, g: Tensor, offset: int, seed: int, scale: Tensor | None, dots: Sequence[Tensor], isa: str = ""
+) -> Tensor:
+    """Adds the fold of the flat g to out, fp64 [k]; gives |g scale|^2 and the inner products, fp64 [1 + len(dots)]."""
+    first, second = (*dots, None, None)[:2]
+    sums = _module().sketch_fold(
+        g.data_ptr(), str(g.dtype).removeprefix("torch."), g.numel(), offset, out.data_ptr(), len(out), seed, _address(scale),
+        _address(first), _address(second), _threads(16 * g.numel()), isa,
+    )  # fmt: skip
+    return torch.tensor(sums[: 1 + len(dots)], dtype=torch.float64)
+
+
 def cuda_logprob_fwd(
     logits: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
     logit_scale: float, out: Sequence[Tensor],
