@@ -1,0 +1,385 @@
+"""G of a model on an evaluation corpus: which texts make a group, what keeps the rows, the errors of the result."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import ArrayLike, NDArray
+
+from lldfast.data.evalset import EvalSet
+from lldfast.errors import InputError, TrainingError
+from lldfast.gram import stats
+from lldfast.gram.accumulator import Accumulator
+from lldfast.gram.collector import Collector, Layout
+from lldfast.gram.precondition import SecondMoments, has_state, of_optimizer
+from lldfast.gram.result import GramEstimate
+from lldfast.gram.rows import BYTES, ERRORS, Rows
+from lldfast.models.gpt import GPT
+from lldfast.models.scorer import Scorer, Segment, load_scorer
+from lldfast.models.scoring import batches, evaluating, token_logprobs
+from lldfast.ops.philox import check_seed
+from lldfast.ops.sketch import check_k
+from lldfast.weights import align, check_tau
+
+MODES = ("auto", "exact", "sharded", "bf16", "int8", "int4", "fold")
+DEFAULT_BUDGET = 2 << 30  # bytes for the rows, or for their sketches
+# With rows kept whole, the groups are sketched too, for error bars: to this size, whose own error widens them little.
+ERROR_K = 1 << 14
+LARGEST_K = 1 << 20
+
+Ints = NDArray[np.int64]
+
+
+class Plan(NamedTuple):
+    """mode: one of MODES but "auto"; k: of the groups' sketches; bytes: of rows or sketches on this process."""
+
+    mode: str
+    k: int
+    bytes: int
+
+
+def estimate(
+    model: Scorer | str | os.PathLike[str],
+    evalset: EvalSet | str | os.PathLike[str],
+    *,
+    mode: Literal["auto", "exact", "sharded", "bf16", "int8", "int4", "fold"] = "auto",
+    k: int | Literal["auto"] = "auto",
+    groups: int = 8,
+    debias: bool = True,
+    precondition: torch.optim.Optimizer | None = None,
+    budget_bytes: int | None = None,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    delta: Mapping[str, float] | ArrayLike | None = None,
+    tau: float = 1.0,
+    target_kl: float = 1e-4,
+    ridge: float | Literal["auto"] | None = "auto",
+) -> GramEstimate:
+    """Estimate G = J J^T, eq. (4), on the texts of `evalset`: one forward and backward pass over them.
+
+    Args:
+        model: a Scorer over the model whose parameters are differentiated, or what `load_scorer` takes. Frozen parameters
+            are left out; a tied parameter counts once; one that a domain does not touch counts as zero.
+        evalset: an EvalSet or the path of its Parquet file.
+        mode: what is kept of the rows of J. "exact": K P numbers in fp32; "sharded": each process of torch.distributed keeps
+            its part of them (every process runs the same texts); "bf16", "int8", "int4": rounded stochastically, exact norms;
+            "fold": sketches of k numbers for every group, never K P numbers. "auto": the first of these that fits `budget_bytes`.
+        k: size of the sketches of "fold", a power of two. "auto": for an expected KL of the weights of `target_kl` (planned by
+            `stats.size_for`, at a spread of the logits of std(delta) / tau, or of 1 without delta), as far as the budget allows.
+        groups: groups of texts per domain. Debiasing and error bars come from their differences; texts of one document stay in
+            one group, and the order of the texts does not matter. As many as there are texts: gradients text by text.
+        debias: take the noise of finitely many texts out of the diagonal (`stats.debiased_diagonal`). Domains with a single group
+            keep the naive diagonal and say so in `debiased`.
+        precondition: an Adam or AdamW optimiser of this model: G is then J M^-1 J^T, and `drift` is estimated (precondition.py).
+            Two more numbers per parameter are held; before its first step, one more pass over the texts is made.
+        budget_bytes: for the rows or sketches (2 GiB by default). Beside them there is one gradient.
+        batch_tokens: tokens of a batch; their activations are what the backward pass holds.
+        seed: of the sketch and of stochastic rounding; `matrix` of equal seeds and parameters are comparable to the bit.
+        delta: Delta in nats per token, {domain: value} or [K]; sharpens `k="auto"` and the ridge. tau: see `k`.
+        ridge: "auto" chooses by split halves (`stats.auto_ridge`); a number >= 0 in G's unit is kept as it is; None: none.
+
+    Raises:
+        InputError: an argument that makes no sense, no texts, nothing to train, or more is asked for than `budget_bytes`.
+        TrainingError: a gradient is not finite; domain and text named.
+    """
+    model = model if isinstance(model, Scorer) else _load(model)
+    evalset = evalset if isinstance(evalset, EvalSet) else EvalSet.load(evalset)
+    _check(mode, k, groups, batch_tokens, tau, target_kl, ridge)
+    check_seed(seed)
+    if len(evalset) == 0:
+        raise InputError("gram.estimate: there are no evaluation texts")
+    began = time.perf_counter()
+    domains = list(evalset.domains)
+    shift = None if delta is None else align(delta, domains, "delta")
+    layout = _layout(model)
+    split = {name: split_groups(evalset, name, groups) for name in domains}
+    n_groups = sum(len(parts) for parts in split.values())
+    spread = 1.0 if shift is None else float(shift.std()) / tau
+    plan = choose(mode, k, len(domains), n_groups, layout.size, budget_bytes, target_kl, spread)
+
+    segments = model.tokenize(evalset)
+    tokens = _token_counts(segments, len(evalset))
+    for name in domains:
+        if not sum(int(tokens[part].sum()) for part in split[name]):
+            raise InputError(f"gram.estimate: the texts of domain {name!r} have no scored token")
+    work = _Work(model, evalset, segments, split, tokens, batch_tokens)
+    device = model.device
+    made = None
+    if precondition is not None:
+        moments = None
+        if not has_state(model.module, precondition):
+            moments = SecondMoments(layout.size, device)
+            work.run(Collector(model.module, moments), moments=moments)
+        made = of_optimizer(model.module, precondition, moments)
+    sketches = Accumulator(layout.size, domains, plan.k, seed, layout=layout.hash, device=device)
+    rows = None if plan.mode == "fold" else Rows(domains, _window(plan.mode, layout.size), _storage(plan.mode), seed, device)
+    scale, dot = (None, None) if made is None else (made.scale, made.dot)
+    sinks = [sketches] if rows is None else [sketches, rows]
+    work.run(Collector(model.module, *sinks, scale=scale, dot=dot), rows=rows)
+
+    products, group_domain, group_tokens = sketches.products()
+    exact = None if rows is None else _reduced(rows.gram(), plan.mode, device)
+    gram, naive, debiased = _gram(exact, products, group_domain, group_tokens, debias)
+    clipped = stats.psd_clip(gram)
+    amount = ridge
+    if ridge == "auto":
+        amount = stats.auto_ridge(products, group_domain, group_tokens, shift, debias=debias)
+    errors = None
+    if any(len(parts) > 1 for parts in split.values()):
+        found = stats.gram_standard_errors(
+            products, group_domain, group_tokens, plan.k if rows is None else None, debias=debias
+        )  # fmt: skip
+        errors = found.total
+    drift = None
+    if made is not None:
+        sums = np.zeros(len(domains))
+        np.add.at(sums, group_domain, [sketches.dots[key] for key in sketches.groups()])
+        drift = sums / np.bincount(group_domain, weights=group_tokens)
+    extra: dict[str, Any] = {
+        "n_params": layout.size,
+        "layout": layout.hash,
+        "seed": seed,
+        "groups": groups,
+        "bytes": plan.bytes,
+        "clipped": float(np.abs(clipped - gram).max()),
+        "evalset": evalset.hash,
+    }
+    if made is not None:
+        extra |= {"eta": made.eta, "preconditioner": made.source}
+    counts = evalset.counts()
+    return GramEstimate(
+        domains=domains,
+        gram=clipped,
+        naive_diagonal=naive,
+        n_texts=[counts[name] for name in domains],
+        debiased=debiased,
+        mode=plan.mode,
+        k=plan.k if rows is None else None,
+        ridge=None if amount is None else float(amount),
+        gram_se=errors,
+        expected_error=_expected_error(plan, len(domains), layout.size),
+        drift=drift,
+        products=products,
+        group_domain=group_domain,
+        group_tokens=group_tokens,
+        seconds=time.perf_counter() - began,
+        extra=extra,
+    )
+
+
+def _expected_error(plan: Plan, n_domains: int, size: int) -> float:
+    """Entries of one chunk of k never meet, so that a sketch of no more than k numbers is exact."""
+    if plan.mode != "fold":
+        return ERRORS[_storage(plan.mode)]
+    return stats.relative_error(n_domains, plan.k) * math.sqrt(max(0.0, 1 - plan.k / size))
+
+
+def choose(
+    mode: str,
+    k: int | Literal["auto"],
+    n_domains: int,
+    n_groups: int,
+    size: int,
+    budget_bytes: int | None,
+    target_kl: float,
+    spread: float = 1.0,
+) -> Plan:
+    """What is kept: rows of `size` numbers for each domain, or sketches of k numbers for each group.
+
+    "auto" takes the most accurate that fits: exact, sharded over the processes, bf16, int8, int4, fold. The sketches from which
+    error bars come beside rows are counted too.
+
+    Raises:
+        InputError: nothing fits, or not what was asked for; sizes given.
+    """
+    budget = DEFAULT_BUDGET if budget_bytes is None and mode == "auto" else budget_bytes
+    processes = _processes()[1]
+    if mode == "sharded" and processes == 1:
+        raise InputError("mode='sharded' needs torch.distributed with several processes; with one, 'exact' is the same")
+    beside = 8 * ERROR_K * n_groups
+    needs = {name: int(bytes_ * size * n_domains) for name, bytes_ in BYTES.items()}
+    needs["sharded"] = -(-needs["exact"] // processes)
+    needs = {name: value + beside for name, value in needs.items()}
+    smallest = 1 << 6
+    largest = LARGEST_K
+    while budget is not None and largest > smallest and 8 * largest * n_groups > budget:
+        largest //= 2
+    wanted = min(stats.size_for(n_domains, target_kl, spread), largest) if k == "auto" else k
+    needs["fold"] = 8 * wanted * n_groups
+    order = ("exact", *(("sharded",) if processes > 1 else ()), "bf16", "int8", "int4", "fold")
+    for name in order if mode == "auto" else (mode,):
+        if budget is None or needs[name] <= budget:
+            return Plan(name, wanted if name == "fold" else ERROR_K, needs[name])
+    least = min(needs[name] for name in order) if mode == "auto" else needs[mode]
+    what = f"sketches of {n_groups} groups" if mode in ("auto", "fold") else f"{mode} rows of {n_domains} domains"
+    raise InputError(
+        f"{what} x {size:,} parameters need {least / 2**20:,.1f} MiB, the budget is {(budget or 0) / 2**20:,.1f} MiB"
+    )
+
+
+def split_groups(evalset: EvalSet, domain: str, groups: int) -> list[Ints]:
+    """Texts of a domain in at most `groups` groups, documents kept whole, by a hash: the order of the texts does not matter."""
+    texts = np.flatnonzero(evalset.domain == domain)
+    units: dict[str, list[int]] = {}
+    for i in texts.tolist():
+        number = int(evalset.document[i])
+        name = f"document {number}" if number >= 0 else evalset.texts[i]
+        units.setdefault(xxhash.xxh3_128_hexdigest(name.encode()), []).append(i)
+    ordered = [units[name] for name in sorted(units)]
+    if len(ordered) < groups:  # equal texts are one document; with few of them, single texts must do
+        ordered = [[i] for unit in ordered for i in unit]
+    parts = np.array_split(np.arange(len(ordered)), min(groups, len(ordered)))
+    return [np.array(sorted(i for at in part for i in ordered[at]), dtype=np.int64) for part in parts]
+
+
+class _Work:
+    """The texts of every group through the model."""
+
+    def __init__(
+        self, model: Scorer, evalset: EvalSet, segments: list[Segment], split: dict[str, list[Ints]], tokens: Ints, batch: int
+    ) -> None:
+        self.model, self.evalset, self.segments, self.split, self.tokens, self.batch = (
+            model,
+            evalset,
+            segments,
+            split,
+            tokens,
+            batch,
+        )
+        self.of_text: dict[int, list[int]] = {}
+        for i, segment in enumerate(segments):
+            self.of_text.setdefault(segment.text, []).append(i)
+
+    def run(self, collector: Collector, *, rows: Rows | None = None, moments: SecondMoments | None = None) -> None:
+        with evaluating(self.model):  # dropout would add noise that no text has
+            for domain, parts in self.split.items():
+                for index, texts in enumerate(parts):
+                    n = int(self.tokens[texts].sum())
+                    if n == 0:
+                        continue
+                    if moments is not None:
+                        moments.tokens = n
+                    try:
+                        with collector.group(domain, index, n):
+                            self.backward(texts, collector)
+                    except TrainingError:
+                        raise TrainingError(self.culprit(domain, texts)) from None
+                if rows is not None:
+                    rows.finish(domain, float(sum(self.tokens[texts].sum() for texts in parts)))
+
+    def backward(self, texts: Ints, collector: Collector | None = None) -> None:
+        which = [i for text in texts.tolist() for i in self.of_text.get(text, [])]
+        parts = list(batches(self.segments, self.batch, which))
+        for i, batch in enumerate(parts):
+            batch = batch.to(self.model.device)
+            with torch.enable_grad():
+                total = token_logprobs(self.model, batch).sum()
+            if collector is not None and i + 1 == len(parts):
+                collector.final()
+            total.backward()
+
+    def culprit(self, domain: str, texts: Ints) -> str:
+        """Which text gave a gradient that is not finite."""
+        parameters = [p for p in self.model.module.parameters() if p.requires_grad]
+        kept = [p.grad for p in parameters]
+        try:
+            for text in texts.tolist():
+                for p in parameters:
+                    p.grad = None
+                self.backward(np.array([text]))
+                if any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in parameters):
+                    start = self.evalset.texts[text][:40]
+                    return f"gram.estimate: the gradient of text {text} of domain {domain!r} ({start!r}...) is not finite"
+        finally:
+            for p, gradient in zip(parameters, kept, strict=True):
+                p.grad = gradient
+        return f"gram.estimate: a gradient of domain {domain!r} is not finite (of the sum of texts {texts[0]} to {texts[-1]})"
+
+
+def _gram(
+    exact: NDArray[np.float64] | None, products: NDArray[np.float64], domain: Ints, tokens: NDArray[np.float64], debias: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[bool]]:
+    """G, its naive diagonal and which entries were debiased; from whole rows where there are any."""
+    if exact is None:
+        gram, naive, flags = stats.domain_gram(products, domain, tokens, debias=debias)
+        return gram, naive, flags.tolist()
+    gram, naive = exact.copy(), exact.diagonal().copy()
+    total = np.bincount(domain, weights=tokens)
+    own = np.bincount(domain, weights=products.diagonal()) / total**2
+    share = np.bincount(domain, weights=tokens**2) / total**2
+    diagonal, flags = stats.debiased_diagonal(naive, own, share)
+    if debias:
+        np.fill_diagonal(gram, diagonal)
+    return gram, naive, (flags & debias).tolist()
+
+
+def _check(
+    mode: str, k: int | str, groups: int, batch_tokens: int, tau: float, target_kl: float, ridge: float | str | None
+) -> None:
+    if mode not in MODES:
+        raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if k != "auto":
+        if isinstance(k, str):
+            raise InputError(f"k must be a power of two or 'auto', got {k!r}")
+        check_k(k)
+    for name, value in (("groups", groups), ("batch_tokens", batch_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+    check_tau(tau)
+    if not 0 < target_kl < math.inf:
+        raise InputError(f"target_kl must be > 0 and finite, got {target_kl!r}")
+    if ridge not in ("auto", None) and not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
+        raise InputError(f"ridge must be a number >= 0, 'auto' or None, got {ridge!r}")
+
+
+def _load(model: Any) -> Scorer:
+    if isinstance(model, GPT):
+        raise InputError("gram.estimate was given a bare model: wrap it once, by load_scorer(model, tokenizer=...)")
+    return load_scorer(model)
+
+
+def _layout(model: Scorer) -> Layout:
+    try:
+        return Layout.of(model.module)
+    except InputError as error:
+        raise InputError(f"{model.name}: {error}") from None
+
+
+def _token_counts(segments: list[Segment], n_texts: int) -> Ints:
+    """Scored tokens of each text [N]."""
+    counts = np.zeros(n_texts, dtype=np.int64)
+    for segment in segments:
+        counts[segment.text] += len(segment) - segment.first
+    return counts
+
+
+def _processes() -> tuple[int, int]:
+    """Rank and number of the processes of torch.distributed; one without it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _storage(mode: str) -> str:
+    return "exact" if mode == "sharded" else mode
+
+
+def _window(mode: str, size: int) -> tuple[int, int]:
+    rank, processes = _processes() if mode == "sharded" else (0, 1)
+    return rank * size // processes, (rank + 1) * size // processes
+
+
+def _reduced(gram: NDArray[np.float64], mode: str, device: torch.device) -> NDArray[np.float64]:
+    """Summed over the processes of "sharded": K^2 numbers."""
+    if mode != "sharded":
+        return gram
+    table = torch.from_numpy(gram).to(device)
+    torch.distributed.all_reduce(table)
+    return table.cpu().numpy()
