@@ -33,6 +33,8 @@ _NAMES = {
     "LLDController": "lldfast.controller",
     "lld_weights": "lldfast.weights",
     "adjusted_lld_weights": "lldfast.weights",
+    "trust_region_weights": "lldfast.constrained",
+    "fit_weights": "lldfast.constrained",
     "aggregate_weights": "lldfast.weights",
     "effective_domains": "lldfast.weights",
     "Rule": "lldfast.rules",
@@ -67,6 +69,7 @@ def __dir__() -> list[str]:
 # ruff: noqa: F401  (for type checkers and editors; at run time __getattr__ loads these)
 if TYPE_CHECKING:
     from lldfast import divergence, gram, modelmap, schedule, weights
+    from lldfast.constrained import fit_weights, trust_region_weights
     from lldfast.controller import LLDController
     from lldfast.data.evalset import EvalSet
     from lldfast.data.mixture import DomainMixture
@@ -81,5 +84,10 @@ if TYPE_CHECKING:
     from lldfast.ops.logprob import logprob, merge_vocab_shards
     from lldfast.ops.segments import SegmentSums
     from lldfast.rules import Rule
-    from lldfast.weights import adjusted_lld_weights, aggregate_weights, effective_domains, lld_weights
+    from lldfast.weights import (
+        adjusted_lld_weights,
+        aggregate_weights,
+        effective_domains,
+        lld_weights,
+    )
     from lldfast.weightsfile import load_weights, save_weights

@@ -80,12 +80,38 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("vectors", nargs="+", help="Parquet files of `lldfast score`")
     p.set_defaults(execute=run_kl)
 
+    p = commands.add_parser("gram", help="Gram matrix of a model's domain gradients, with its errors -> .npz")
+    p.add_argument("model", help="as for score")
+    p.add_argument("--data", required=True, help="a prepared folder, or an eval.parquet")
+    p.add_argument("--out", required=True, help=".npz file to write")
+    p.add_argument("--mode", choices=["auto", "exact", "bf16", "int8", "int4", "fold"], default="auto")
+    p.add_argument("--k", type=int, help="size of the sketches of mode fold, a power of two; chosen by --target-kl otherwise")
+    p.add_argument("--target-kl", type=float, default=1e-4, help="expected KL of the weights that k is chosen for")
+    p.add_argument("--groups", type=int, default=8, help="groups of texts per domain, for debiasing and error bars")
+    p.add_argument("--no-debias", action="store_true", help="keep the noise of finitely many texts on the diagonal")
+    p.add_argument("--budget-mb", type=float, help="memory for rows or sketches (default: 2048 for --mode auto)")
+    p.add_argument("--part", choices=["estimate", "measure", "all"], help="texts to use (default: estimate, where there is one)")
+    p.add_argument(
+        "--target", help="Parquet of `lldfast score` of a target: prints Delta and eq. (6)'s weights with their errors"
+    )
+    p.add_argument("--tau", type=float, default=1.0)
+    p.add_argument("--batch-tokens", type=int, default=4096)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--bos", choices=["auto", "native", "none"], default="auto")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.set_defaults(execute=run_gram)
+
     p = commands.add_parser("weights", help="recompute domain weights offline from a run's stored Delta_t")
     p.add_argument("run", metavar="RUN", help="a run folder, a method's folder, or a weights.json")
     p.add_argument("--method", help="which pass 1 of a run folder, when it has several")
-    p.add_argument("--rule", help="another rule on the same trajectory: iterative, spread, mirror, adjusted, adjusted-spread")
+    p.add_argument(
+        "--rule", help="another rule on the same trajectory: iterative, spread, mirror, adjusted, adjusted-spread, ..."
+    )
     p.add_argument("--tau", type=float)
     p.add_argument("--step-size", type=float, help="of mirror")
+    p.add_argument("--radius", type=float, help="of adjusted-trust, nats")
+    p.add_argument("--fit-step", type=float, help="of adjusted-fit")
     p.add_argument("--floor", type=float)
     p.add_argument(
         "--aggregate", choices=["geometric", "arithmetic", "none"], default="geometric", help="none: the last estimate"
@@ -167,6 +193,54 @@ def run_score(o: argparse.Namespace) -> None:
     print(f"wrote {o.out}")
 
 
+def run_gram(o: argparse.Namespace) -> None:
+    from lldfast import gram
+    from lldfast.data.evalset import EvalSet
+    from lldfast.experiment import pick_device, resolve_location
+    from lldfast.files import check_writable
+    from lldfast.loglik import LoglikVector, delta, score
+    from lldfast.models.scorer import load_scorer
+
+    check_writable(o.out)
+    path = Path(o.data)
+    evalset = EvalSet.load(path / "eval.parquet" if path.is_dir() else path)
+    part = o.part or ("estimate" if "estimate" in evalset.part else "all")
+    evalset = evalset if part == "all" else evalset.select(part)
+    scorer = load_scorer(resolve_location(o.model), device=pick_device(o.device, "--device"), dtype=o.dtype, bos=o.bos)
+    shift = None
+    if o.target is not None:
+        target = LoglikVector.load(o.target)
+        target = target if part == "all" else target.select(part)
+        shift = delta(target, score(scorer, evalset, progress=True))[0]
+    found = gram.estimate(
+        scorer,
+        evalset,
+        mode=o.mode,
+        k=o.k or "auto",
+        groups=o.groups,
+        debias=not o.no_debias,
+        budget_bytes=None if o.budget_mb is None else int(o.budget_mb * 2**20),
+        batch_tokens=o.batch_tokens,
+        seed=o.seed,
+        delta=shift,
+        tau=o.tau,
+        target_kl=o.target_kl,
+    )
+    found.save(o.out)
+    weights, errors = ({}, {}) if shift is None else found.weights(shift, tau=o.tau)
+    width = max(len(name) for name in found.domains)
+    head = f"{'domain':{width}}  {'texts':>6}  {'|gradient|':>10}  {'naive':>10}"
+    print(head + ("" if shift is None else f"  {'Delta':>8}  {'weight':>7}"))
+    for i, name in enumerate(found.domains):
+        norms = found.gram[i, i] ** 0.5, found.naive_diagonal[i] ** 0.5
+        line = f"{name:{width}}  {found.n_texts[i]:>6,}  {norms[0]:>10.4g}  {norms[1]:>10.4g}"
+        print(line + ("" if shift is None else f"  {shift[name]:>+8.4f}  {weights[name]:>7.4f} +- {errors[name]:.4f}"))
+    print(found.summary())
+    if shift is not None and found.k is not None:
+        print(f"expected KL of the weights by the sketch: {found.expected_kl(shift, tau=o.tau):.2g} nats")
+    print(f"wrote {o.out}")
+
+
 def run_kl(o: argparse.Namespace) -> None:
     from lldfast.divergence import kl_matrix
     from lldfast.loglik import LoglikVector
@@ -185,9 +259,10 @@ def run_weights(o: argparse.Namespace) -> None:
 
     path = find_trajectory(Path(o.run), o.method)
     changes = {"name": o.rule, "tau": o.tau, "step_size": o.step_size, "floor": o.floor}
+    changes |= {"radius": o.radius, "fit_step": o.fit_step}
     rule = dataclasses.replace(rule_of(read_weights_file(path)), **{k: v for k, v in changes.items() if v is not None})
     result = recompute(path, rule=rule, aggregate=o.aggregate, step_weights=o.step_weights, steps=o.steps, stages=o.stages)
-    print(f"{path}: rule {rule.name}, tau {rule.tau:g}, {o.aggregate}, {result['step_weights']} step weights")
+    print(f"{path}: rule {rule.name}, tau {rule.tau:g}, {result['aggregate']}, {result['step_weights']} step weights")
     for stage in result["stages"] or [{"weights": result["weights"]}]:
         if "from_step" in stage:
             print(f"from step {stage['from_step']}:")

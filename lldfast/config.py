@@ -12,7 +12,7 @@ from argparse import ArgumentError
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -97,7 +97,10 @@ class LLDConfig:
         prior: "uniform", "proportional" (tokens per domain) or a weights file.
         normalize: what a domain's log-likelihood is divided by, eq. (3).
         every, dense_until: the step set S; unset is the paper's from 10,000 steps on, and its shape for shorter runs.
-        aggregate: mean over steps for the aggregated methods.
+        aggregate: mean over steps for the aggregated methods; "adjusted-fit", whose weights have zeros, is averaged
+            arithmetically by either.
+        radius: of "adjusted-trust": KL of its weights from the prior, nats.
+        fit_step: of "adjusted-fit": step in the unit of Delta / G, or "auto" to fit it with the weights.
         step_weights: "equal" (eq. (8)) or "elapsed" (time in force); unset: elapsed for mirror and two stages, else equal.
         bootstrap: replicates over texts for standard errors; 0 turns them off.
         weights: weights file of the method "fixed".
@@ -110,7 +113,7 @@ class LLDConfig:
     step_size: float = 4.0
     prior: str = "uniform"
     floor: float = 0.0
-    normalise: Literal["spread", "trace", "none"] = "spread"
+    normalise: Literal["spread", "trace", "corr", "none"] = "spread"
     ridge: float | Literal["auto"] = "auto"
     normalize: Literal["base_tokens", "bytes", "texts"] = "base_tokens"
     every: int | None = None
@@ -122,6 +125,82 @@ class LLDConfig:
     weights: str | None = None
     pass1: str | None = None
     min_texts: int = 10
+    radius: float = 0.1
+    fit_step: float | Literal["auto"] = "auto"
+
+    def rule(self, name: str, prior: tuple[float, ...] | None = None) -> Rule:
+        """The named rule with these options; `prior` in the order of the domains.
+
+        Raises:
+            InputError: naming the option that makes no sense.
+        """
+        return Rule(
+            name,
+            tau=self.tau,
+            tau_end=self.tau_end,
+            step_size=self.step_size,
+            floor=self.floor,
+            normalise=self.normalise,
+            ridge=self.ridge,
+            prior=prior,
+            radius=self.radius,
+            fit_step=self.fit_step,
+        )
+
+
+@dataclass
+class GramConfig:
+    """How the "adjusted" rules estimate G; see `lldfast.gram.estimate`. Other rules do not read it.
+
+    Attributes:
+        mode: "exact" keeps the K rows of J in fp32, "sharded" each rank's slice of them, "bf16", "int8" and "int4" rounded
+            rows, "fold" a sketch of each row; "auto" takes the first of them that fits the budget.
+        k: numbers per sketch, a power of two; "auto" is as few as keep the weights within target_kl. Modes auto and fold.
+        groups: groups of texts per domain, from which the noise of finitely many texts is told and taken out.
+        debias: take it out of the diagonal.
+        precondition: "adamw" makes it J M^-1 J^T with the second moment of the run's optimizer, whose steps that describes.
+        budget_mb: memory for rows or sketches, MiB; unset leaves the choice to `gram.estimate`.
+        target_kl: of k "auto": expected KL between the weights of the true G and of the sketched one, nats.
+        batch_tokens: tokens of a batch, whose activations the backward pass holds.
+    """
+
+    mode: Literal["auto", "exact", "sharded", "bf16", "int8", "int4", "fold"] = "auto"
+    k: int | Literal["auto"] = "auto"
+    groups: int = 8
+    debias: bool = True
+    precondition: Literal["none", "adamw"] = "none"
+    budget_mb: float | None = None
+    target_kl: float = 1e-4
+    batch_tokens: int = 4096
+
+    def check(self) -> None:
+        """Raises InputError naming the parameter."""
+        if self.k != "auto":
+            if self.k < 1 or self.k & (self.k - 1):
+                raise InputError(f"gram.k must be a power of two or auto, got {self.k}")
+            if self.mode not in ("auto", "fold"):
+                raise InputError(f"gram.k is the size of a sketch: mode {self.mode!r} has none (gram.mode fold has)")
+        if self.groups < 1 or self.batch_tokens < 1:
+            raise InputError("gram.groups and gram.batch_tokens must be >= 1")
+        if self.debias and self.groups == 1:
+            raise InputError("gram.debias compares groups of texts: gram.groups must be >= 2 (or gram.debias false)")
+        if self.budget_mb is not None and not 0 < self.budget_mb < math.inf:
+            raise InputError(f"gram.budget_mb must be > 0 and finite, or null, got {self.budget_mb}")
+        if not 0 < self.target_kl < math.inf:
+            raise InputError(f"gram.target_kl must be > 0 and finite, got {self.target_kl}")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `gram.estimate`; "adamw" stands for the optimizer that `LLDController.step` is given."""
+        return {
+            "mode": self.mode,
+            "k": self.k,
+            "groups": self.groups,
+            "debias": self.debias,
+            "precondition": None if self.precondition == "none" else self.precondition,
+            "budget_bytes": None if self.budget_mb is None else int(self.budget_mb * 2**20),
+            "target_kl": self.target_kl,
+            "batch_tokens": self.batch_tokens,
+        }
 
 
 @dataclass
@@ -186,6 +265,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     lld: LLDConfig = field(default_factory=LLDConfig)
+    gram: GramConfig = field(default_factory=GramConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -234,6 +314,7 @@ class Config:
             for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout"):
                 if getattr(self.model, name) is not None:
                     raise InputError(f"model.{name} cannot be changed: the shape is that of model.init {self.model.init}")
+        self.gram.check()
         if not self.methods:
             raise InputError("methods is empty: nothing to train")
         if len(set(self.methods)) != len(self.methods):
@@ -243,7 +324,7 @@ class Config:
             if spec.rule and not (self.target.model or self.target.mixture) and not (self.lld.pass1 and spec.passes == 2):
                 raise InputError(f"method {method!r} needs target.model (or target.mixture)")
             if spec.rule:  # now, not after the methods before it
-                Rule(spec.rule, lld.tau, lld.tau_end, lld.step_size, lld.floor, lld.normalise, lld.ridge)
+                lld.rule(spec.rule)
                 estimation_steps(t.steps, every=lld.every, dense_until=lld.dense_until)
             if spec.stages == 2 and max(1, round(t.steps * lld.split)) >= t.steps:
                 raise InputError(f"method {method!r}: train.steps {t.steps} at lld.split {lld.split} leaves no second stage")
@@ -252,6 +333,20 @@ class Config:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that an earlier version wrote, with the defaults of those it did not have: what the run used."""
+    return _over(dataclasses.asdict(Config()), stored)
+
+
+def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` over `defaults`, section by section; a dict that is a value (target.mixture) is taken as it is."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        section = isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        merged[key] = _over(defaults[key], value) if section else value
+    return merged
 
 
 @dataclass(frozen=True)
@@ -269,9 +364,9 @@ FIXED_METHODS = ("uniform", "proportional", "fixed", "ground-truth")
 
 def parse_method(name: str) -> Method:
     """Methods: uniform, proportional, fixed (lld.weights), ground-truth (the target's known mixture); a rule (iterative,
-    spread, mirror, adjusted, adjusted-spread); `RULE-aggregated` and `RULE-two-stage`, which train anew with the fixed
-    weights of that rule's pass 1 ("aggregated" and "two-stage" alone mean iterative, the paper's; "mirror-fixed" is an
-    alias of "mirror-aggregated").
+    spread, mirror, adjusted, adjusted-spread, adjusted-trust, adjusted-fit); `RULE-aggregated` and `RULE-two-stage`, which
+    train anew with the fixed weights of that rule's pass 1 ("aggregated" and "two-stage" alone mean iterative, the paper's;
+    "mirror-fixed" is an alias of "mirror-aggregated").
 
     Raises:
         InputError: unknown name; the message lists what there is.

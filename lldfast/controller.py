@@ -11,24 +11,33 @@ fixed = controller.aggregate()               # eq. (8), the recipe for pass 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lldfast import gram as grams
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer
+from lldfast.divergence import finite
 from lldfast.errors import InputError
 from lldfast.files import atomic_path
 from lldfast.loglik import LoglikVector, delta, score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
-from lldfast.rules import Rule, replay
+from lldfast.rules import Rule, StepGram, aggregation, replay
 from lldfast.schedule import estimation_steps
 from lldfast.weights import Array, bootstrap_deltas, effective_domains, standard_errors
-from lldfast.weightsfile import combine, default_step_weights, recipe_errors
+from lldfast.weightsfile import combine, default_step_weights, recipe_errors, step_gram
+
+# what `gram_options` may hold: the arguments of gram.estimate that are not the controller's own
+GRAM_OPTIONS = (
+    "mode", "k", "groups", "debias", "precondition", "budget_bytes", "batch_tokens", "seed", "target_kl", "ridge",
+)  # fmt: skip
+SKETCH_DRAWS = 100  # simulated sketches behind the standard errors of weights
 
 
 class LLDController:
@@ -38,6 +47,8 @@ class LLDController:
         steps: estimates made so far, S.
         deltas: Delta_t, S arrays [K] in nats per token, in the order of `domains`.
         weights: w_t, S arrays [K].
+        grams: G_t, S arrays [K, K] in the unit of Delta_t squared per unit of parameter^2 (None for rules without G).
+        gram_info: about each G_t (see `trajectory`), S dicts or None.
         replicates: bootstrap replicates of Delta_t, S arrays [B, K] (empty with bootstrap=0).
     """
 
@@ -54,6 +65,7 @@ class LLDController:
         bootstrap: int = 0,
         seed: int = 0,
         batch_tokens: int = 16_384,
+        gram_options: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -65,9 +77,12 @@ class LLDController:
             normalize: "base_tokens", "bytes" or "texts", eq. (3).
             at: the step set S; `estimation_steps(steps)` by default.
             bootstrap: replicates over texts for standard errors; 0 for none.
+            gram_options: keyword arguments of `gram.estimate` for rules that need G: mode, k, groups, debias, budget_bytes,
+                target_kl, ridge, batch_tokens, seed (that of step t is seed + t: the errors of sketches average out over
+                steps), and precondition, where "adamw" stands for the optimizer given to `step`.
 
         Raises:
-            InputError: target and evalset do not cover the same texts, or there are no texts.
+            InputError: an unknown entry of gram_options; target and evalset do not cover the same texts, or there are no texts.
         """
         if "estimate" in evalset.part:
             evalset = evalset.select("estimate")
@@ -81,6 +96,10 @@ class LLDController:
             )
         if bootstrap == 1 or bootstrap < 0:
             raise InputError(f"bootstrap must be 0 or at least 2, got {bootstrap}")
+        self.gram_options = dict(gram_options or {})
+        unknown = sorted(set(self.gram_options) - set(GRAM_OPTIONS))
+        if unknown:
+            raise InputError(f"gram_options has no entry {unknown[0]!r}; it takes {', '.join(GRAM_OPTIONS)}")
         self.evalset, self.target, self.tokenizer = evalset, target, tokenizer
         self.domains = list(evalset.domains)
         self.total = steps
@@ -93,14 +112,19 @@ class LLDController:
         self.deltas: list[Array] = []
         self.weights: list[Array] = []
         self.grams: list[Array | None] = []
+        self.gram_info: list[dict[str, Any] | None] = []
         self.replicates: list[Array] = []
+        self.gram_seconds = 0.0  # what the last estimate of G took
         self._logits = np.zeros(len(self.domains))
 
-    def step(self, step: int, model: Scorer | GPT) -> dict[str, float] | None:
+    def step(self, step: int, model: Scorer | GPT, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float] | None:
         """Call before optimiser step `step`. Returns the new weights {domain: weight}, or None when S has no such step.
 
+        Args:
+            optimizer: the run's, needed only when gram_options has precondition "adamw". Its state may still be empty.
+
         Raises:
-            InputError: steps go backwards, or a bare model came without a tokenizer.
+            InputError: steps go backwards, a bare model came without a tokenizer, or "adamw" without an optimizer.
         """
         if step not in self.at:
             return None
@@ -110,22 +134,105 @@ class LLDController:
         base = score(scorer, self.evalset, batch_tokens=self.batch_tokens)
         by_domain, _ = delta(self.target, base, normalize=self.normalize)
         values = np.array([by_domain[name] for name in self.domains])
-        gram = None
+        gram: StepGram | None = None
+        info: dict[str, Any] | None = None
         if self.rule.needs_gram:
-            gram = grams.estimate(scorer, self.evalset, mode="exact", batch_tokens=min(4096, self.batch_tokens)).matrix(
-                self.domains
-            )
-            unit = self._tokens_per_unit(base)  # G's rows are per token: into the unit of Delta
-            gram = gram * np.outer(unit, unit)
+            gram, info = self._estimate_gram(step, scorer, values, self._tokens_per_unit(base), optimizer)
         elapsed = (step - self.steps[-1]) / self.total if self.steps else 0.0
         self._logits = self.rule.logits(values, gram, step / self.total, elapsed, self._logits)
         self.steps.append(step)
         self.deltas.append(values)
-        self.grams.append(gram)
+        self.grams.append(None if gram is None else gram.matrix)
+        self.gram_info.append(info)
         self.weights.append(self.rule.weights(self._logits))
         if self.bootstrap:
             self.replicates.append(self._replicates(base))
         return dict(zip(self.domains, self.weights[-1].tolist(), strict=True))
+
+    def _estimate_gram(
+        self, step: int, scorer: Scorer, values: Array, unit: Array, optimizer: torch.optim.Optimizer | None
+    ) -> tuple[StepGram, dict[str, Any]]:
+        """G_t in the unit of Delta, and its entry of `gram_info`. `unit` [K] is tokens per unit of Delta: G's rows are per
+        token, so that G becomes U G U and the drift U drift; the ridge stays the same share of tr G."""
+        options = {"batch_tokens": min(4096, self.batch_tokens), **self.gram_options}
+        options["seed"] = options.get("seed", self.seed) + step
+        if options.get("precondition") == "adamw":
+            if optimizer is None:
+                raise InputError("gram_options has precondition 'adamw': give LLDController.step the optimizer of the run")
+            options["precondition"] = optimizer
+        per_token, progress = values / unit, step / self.total
+        # only std(delta) / tau counts, which must not change with the unit
+        tau = self.rule.planned_tau(values, progress) * (float(per_token.std()) / (float(values.std()) or 1.0) or 1.0)
+        estimate = grams.estimate(scorer, self.evalset, delta=per_token, tau=tau, **options)
+        matrix = estimate.matrix(self.domains)
+        gram = matrix * np.outer(unit, unit)
+        ridge = None if estimate.ridge is None else float(estimate.ridge * gram.trace() / matrix.trace())
+        drift = None
+        if estimate.drift is not None:
+            found = dict(zip(estimate.domains, np.asarray(estimate.drift).tolist(), strict=True))
+            drift = np.array([found[name] for name in self.domains]) * unit
+        result = StepGram(gram, ridge, drift)
+        self.gram_seconds = float(estimate.seconds)
+        info: dict[str, Any] = {
+            "mode": estimate.mode,
+            "k": estimate.k,
+            "ridge": ridge,
+            "drift": None if drift is None else self._named(drift),
+            "expected_error": finite(estimate.expected_error),
+            "debiased": int(sum(estimate.debiased)),
+        }
+        reading = self.rule.reading(values, result, progress)
+        info |= {key: None if value is None else finite(value) for key, value in reading.items()}
+        errors = None
+        if estimate.k is not None:
+            found = dict(zip(estimate.domains, np.asarray(estimate.naive_diagonal).tolist(), strict=True))
+            naive = np.array([found[name] for name in self.domains]) * unit**2
+            errors = self._sketch_errors(values, result, naive, progress, estimate.k, step)
+        return result, info | {"weights_se": errors}
+
+    def _sketch_errors(
+        self, values: Array, gram: StepGram, naive: Array, progress: float, k: int, step: int
+    ) -> dict[str, float] | None:
+        """Standard errors of the weights from a sketch of size k: the rule on simulated ones. None where G is noise alone.
+
+        Rows were sketched with the noise of their texts, so their Gram matrix S is G with its naive diagonal [K]. Of a Gaussian
+        sketch it comes back as S^1/2 W S^1/2 with W ~ Wishart_K(k, I) / k; the fold's varies at most as much.
+        """
+        taken_out = np.diag(naive - gram.matrix.diagonal())
+        eigenvalues, vectors = np.linalg.eigh(gram.matrix + taken_out)
+        root = vectors * np.sqrt(np.clip(eigenvalues, 0.0, None))
+        rng = np.random.default_rng([self.seed, step])
+        rows = []
+        for _ in range(SKETCH_DRAWS):
+            half = root @ _bartlett(rng, len(values), k)
+            drawn = gram._replace(matrix=half @ half.T / k - taken_out)
+            if np.linalg.eigvalsh(drawn.matrix)[-1] > 0:
+                rows.append(self.rule.weights(self.rule.logits(values, drawn, progress, 0.0, np.zeros(len(values)))))
+        return self._named(np.stack(rows).std(axis=0, ddof=1)) if len(rows) > SKETCH_DRAWS // 2 else None
+
+    def gram_line(self) -> str:
+        """The last estimate of G in one line: how it was made, and how far v = G^-1 Delta may be off for it.
+
+        Raises:
+            InputError: the rule needs no G, or there is no estimate yet.
+        """
+        info = self.gram_info[-1] if self.gram_info else None
+        if info is None:
+            raise InputError("there is no estimate of G")
+        size = "" if info["k"] is None else f" k {info['k']:,}"
+        wrong = info["expected_error"]
+        error = "unknown" if wrong is None else f"{100 * wrong:.2g} %"
+        shape = "" if info["condition"] is None else f", condition {info['condition']:.1e}"
+        return (
+            f"G at step {self.steps[-1]}: {info['mode']}{size}, expected error of v {error}{shape}, "
+            f"ridge {info['ridge_used']:.2g}, {info['debiased']}/{len(self.domains)} domains debiased, {self.gram_seconds:.1f} s"
+        )
+
+    def _named(self, values: Array) -> dict[str, float]:
+        return dict(zip(self.domains, values.tolist(), strict=True))
+
+    def _step_grams(self) -> list[StepGram | None]:
+        return [step_gram(gram, info, self.domains) for gram, info in zip(self.grams, self.gram_info, strict=True)]
 
     def _scorer(self, model: Scorer | GPT) -> Scorer:
         if isinstance(model, Scorer):
@@ -157,14 +264,17 @@ class LLDController:
         )
 
     def aggregate(self, *, method: str = "geometric", step_weights: str | None = None) -> dict[str, float]:
-        """The fixed recipe wbar of eq. (8): "equal" step weights (the paper), or "elapsed" ones (default for mirror)."""
+        """The fixed recipe wbar of eq. (8): "equal" step weights (the paper), or "elapsed" ones (default for mirror).
+
+        The geometric mean of "adjusted-fit", whose weights have zeros, is replaced by the arithmetic one (`rules.aggregation`).
+        """
         if not self.steps:
             raise InputError("there is no estimate to aggregate: LLDController.step was never called at a step of S")
         plan = combine(
             self.steps,
             self.total,
             np.stack(self.weights),
-            aggregate=method,
+            aggregate=aggregation(self.rule.name, method),
             step_weights=step_weights or default_step_weights(self.rule.name),
         )
         return dict(zip(self.domains, plan[0][1].tolist(), strict=True))
@@ -175,25 +285,29 @@ class LLDController:
             return None
         how = step_weights or default_step_weights(self.rule.name)
         stack = np.stack(self.replicates)  # [S, B, K]
-        errors = recipe_errors(self.rule, self.steps, self.total, stack, self.grams, aggregate=method, step_weights=how)
+        mean = aggregation(self.rule.name, method)
+        errors = recipe_errors(self.rule, self.steps, self.total, stack, self._step_grams(), aggregate=mean, step_weights=how)
         return dict(zip(self.domains, errors.tolist(), strict=True))
 
     def trajectory(self) -> list[dict[str, Any]]:
-        """One JSON-able entry per estimate: step, delta, delta_se, weights, gram, effective_domains."""
+        """One JSON-able entry per estimate: step, delta, delta_se, weights, gram, gram_info, effective_domains.
 
-        def named(values: Array) -> dict[str, float]:
-            return dict(zip(self.domains, values.tolist(), strict=True))
-
+        "gram_info" is None for rules without G. Else it holds "mode", "k" (None without a sketch) and "expected_error" (relative,
+        of v = G^-1 Delta, by the sketch or rounding) of the estimate; "ridge" (chosen with it, in the unit of G; None where it
+        chose none) and "drift" ({domain: value} or None), which `replay` needs; "debiased", the number of domains whose diagonal
+        was; "weights_se", standard errors of the weights by the sketch ({domain: value}; None without one); and `Rule.reading`.
+        """
         entries = []
         for i, step in enumerate(self.steps):
             gram = self.grams[i]
             entries.append(
                 {
                     "step": step,
-                    "delta": named(self.deltas[i]),
+                    "delta": self._named(self.deltas[i]),
                     "delta_se": self._delta_errors(i),
-                    "weights": named(self.weights[i]),
+                    "weights": self._named(self.weights[i]),
                     "gram": None if gram is None else gram.tolist(),
+                    "gram_info": self.gram_info[i],
                     "effective_domains": effective_domains(self.weights[i]),
                 }
             )
@@ -212,7 +326,8 @@ class LLDController:
         if not self.replicates:
             return None
         stack = np.stack(self.replicates).transpose(1, 0, 2)  # [B, S, K]
-        errors = standard_errors(stack, lambda deltas: replay(self.rule, self.steps, self.total, deltas, self.grams)[-1])
+        kept = self._step_grams()
+        errors = standard_errors(stack, lambda deltas: replay(self.rule, self.steps, self.total, deltas, kept)[-1])
         return dict(zip(self.domains, errors.tolist(), strict=True))
 
     def save_replicates(self, path: str | Path) -> None:
@@ -236,6 +351,7 @@ class LLDController:
             "replicates": np.array(self.replicates).reshape(len(self.replicates), -1, k)
             if self.replicates
             else np.zeros((0, 0, k)),
+            "gram_info": np.array(json.dumps(self.gram_info)),
             "logits": self._logits.copy(),
         }
 
@@ -253,5 +369,15 @@ class LLDController:
         self.steps = [int(step) for step in state["steps"]]
         self.deltas, self.weights = list(state["deltas"]), list(state["weights"])
         self.grams = list(state["grams"]) if len(state["grams"]) else [None] * len(self.steps)
+        # a state of before ridges were stored has no such entry: its rules go by their own ridge
+        self.gram_info = json.loads(str(state["gram_info"])) if "gram_info" in state else [None] * len(self.steps)
         self.replicates = list(state["replicates"])
         self._logits = state["logits"].copy()
+
+
+def _bartlett(rng: np.random.Generator, size: int, k: int) -> Array:
+    """A [size, min(size, k)] with A A^T ~ Wishart(k, I): Bartlett's triangle of chi and normal variables."""
+    if k < size:
+        return rng.normal(size=(size, k))
+    lower = np.tril(rng.normal(size=(size, size)), -1)
+    return lower + np.diag(np.sqrt(rng.chisquare(k - np.arange(size))))

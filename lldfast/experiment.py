@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from lldfast import __version__
-from lldfast.config import Config
+from lldfast.config import Config, with_defaults
 from lldfast.data.evalset import EvalSet
 from lldfast.data.prepare import prepare
 from lldfast.data.shards import TokenShards
@@ -382,7 +382,7 @@ def check_same_run(out: Path, config: Config) -> None:
     trained = any(out.glob("methods/*/*"))
     if not path.exists() or not ((out / "target.parquet").exists() or trained):
         return  # a start that failed before any result binds nobody
-    before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    before = flatten(with_defaults(yaml.safe_load(path.read_text(encoding="utf-8"))))
     now = flatten(yaml.safe_load(config.to_yaml()))
     for key in sorted(before.keys() | now.keys()):
         section = key.split(".")[0]

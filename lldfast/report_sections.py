@@ -246,11 +246,15 @@ def add_stability(section: Section, view: View) -> None:
         ticks = [plain(step) for step in method.steps]
         svg = figures.heat_map(matrix, ticks, key=f"jsd-{place}", label=label, bar="JSD, nats", axis="training step", top=top)
         section.cards.append(card(f"{method.name}: change between steps", svg, READ["jsd"]))
+        title = f"{method.name}: two ways to average"
+        if ((weights == 0).any(axis=0) & (weights > 0).any(axis=0)).any():
+            section.body.append(absent(title, "a domain's weight is exactly 0 at some steps, and its geometric mean with it"))
+            continue
         geometric, arithmetic = (np.asarray(aggregate_weights(weights, method=kind)) for kind in ("geometric", "arithmetic"))
         largest = number(float(np.abs(geometric - arithmetic).max()), 2)
         label = f"{method.name}: geometric against arithmetic mean of the weights, largest difference {largest}"
         svg = figures.mean_scatter(geometric, arithmetic, view.run.domains, key=f"means-{place}", label=label)
-        section.cards.append(card(f"{method.name}: two ways to average", svg, READ["means"]))
+        section.cards.append(card(title, svg, READ["means"]))
 
 
 def add_map(section: Section, view: View, method: str = "pca") -> None:
@@ -296,6 +300,7 @@ def add_gram(section: Section, view: View) -> None:
     stored = False
     for place, method in enumerate(view.run.methods):
         grams = method.grams()
+        infos = {int(point["step"]): point.get("gram_info") or {} for point in method.trajectory}
         ticks = [f"{name} {i + 1}" for i, name in enumerate(short_labels(method.gram_domains).values())]
         for step, gram in [grams[0], grams[-1]] if len(grams) > 1 else grams:
             condition = float(np.linalg.cond(gram))
@@ -305,11 +310,21 @@ def add_gram(section: Section, view: View) -> None:
             svg = figures.heat_map(inverse, ticks, key=f"gram-{place}-{step}", label=label, bar=bar, decades=2.0)
             pseudo = "" if condition < 1e12 else " G is singular to working precision: this is its pseudo-inverse."
             title = f"{method.name}: |G\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT ONE}| at step {step}"
-            section.cards.append(card(title, svg, READ["gram"].format(number(condition)) + pseudo))
+            caption = READ["gram"].format(number(condition)) + pseudo + _gram_note(infos[step])
+            section.cards.append(card(title, svg, caption))
             stored = True
     if not stored:
         why = "no method of this run stored a Gram matrix (adjusted-LLD does)"
         section.body.append(absent("Inverse Gram matrix of the domain gradients", why))
+
+
+def _gram_note(info: dict[str, Any]) -> str:
+    """How G was estimated, and how far that puts v = G^-1 Delta off; "" in files that do not say."""
+    if not info.get("mode"):
+        return ""
+    size = f" with {info['k']:,} numbers a row" if info.get("k") else ""
+    error = "unknown" if info.get("expected_error") is None else f"about {number(100 * info['expected_error'], 2)} %"
+    return f" Estimated in mode {info['mode']}{size}; what that puts the inverse's product with Delta off: {error}."
 
 
 def add_loss(section: Section, view: View) -> None:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lldfast.constrained import check_fit_step, check_radius, simplex_fit, trust_region_tau
 from lldfast.errors import InputError
 from lldfast.weights import NORMALISE, Array, adjusted_direction, aggregate_weights, check_tau, log, softmax, with_floor
+
+
+class StepGram(NamedTuple):
+    """G_t [K, K] of one estimate with what was found beside it, all in the unit of Delta_t and in the order of the domains.
+
+    `ridge` is what `gram.estimate` chose for its diagonal, in the unit of G (None: it chose none, the rule of
+    `adjusted_direction` decides); `drift` [K] is the change per unit of step that weights do not alter (None: zero), which only
+    "adjusted-fit" with a fixed step reckons with.
+    """
+
+    matrix: Array
+    ridge: float | None = None
+    drift: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -19,11 +33,16 @@ class Rule:
 
     Attributes:
         name: "iterative" (eq. (7)); "adjusted" (eq. (6)); "spread" (eq. (7) with tau scaled by std(Delta_t));
-            "adjusted-spread" (eq. (6) at the same sharpness as "spread"); "mirror" (mirror descent with its state kept,
+            "adjusted-spread" (eq. (6) at the same sharpness as "spread"); "adjusted-trust" (eq. (5) as a constraint: eq. (6) at
+            the tau where KL(w || prior) = `radius`); "adjusted-fit" (the weights whose step G w is nearest to the contrast of
+            Delta_t, see `simplex_fit`); "mirror" (mirror descent with its state kept,
             `logits += step_size (Delta_t - mean) * (elapsed steps / total steps)`; appendix A.3's one step is eq. (7)).
-        tau: nats per token; a pure number for the two "spread" rules; unused by "mirror".
+        tau: nats per token; a pure number for the two "spread" rules; unused by "mirror", "adjusted-trust", "adjusted-fit".
         tau_end: temperature at the last step; tau moves there geometrically. None keeps tau.
+        ridge: see `adjusted_direction`; "auto" is the ridge that the estimate of G chose, where it chose one.
         prior: w0 in the order of the domains; None is uniform.
+        radius: of "adjusted-trust", nats.
+        fit_step: a of "adjusted-fit", or "auto" to fit it.
     """
 
     name: str = "iterative"
@@ -34,6 +53,8 @@ class Rule:
     normalise: str = "spread"
     ridge: float | Literal["auto"] = "auto"
     prior: tuple[float, ...] | None = None
+    radius: float = 0.1
+    fit_step: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -49,6 +70,8 @@ class Rule:
             raise InputError(f"normalise must be one of {', '.join(NORMALISE)}, got {self.normalise!r}")
         if self.ridge != "auto" and not float(self.ridge) >= 0:
             raise InputError(f"ridge must be >= 0 or 'auto', got {self.ridge}")
+        check_radius(self.radius)
+        check_fit_step(self.fit_step)
         if isinstance(self.prior, Mapping):
             raise InputError("a rule's prior is a tuple of weights in the order of the domains, not a mapping")
 
@@ -62,22 +85,88 @@ class Rule:
             return self.tau
         return float(self.tau ** (1 - progress) * self.tau_end**progress)
 
-    def logits(self, delta: Array, gram: Array | None, progress: float, elapsed: float, state: Array) -> Array:
-        """Log of the unnormalised weights relative to the prior [K]. `elapsed` is the part of the run since the last
-        estimate, `state` what this method returned then (zeros before the first)."""
-        tau = self.temperature(progress)
+    def logits(self, delta: Array, gram: Array | StepGram | None, progress: float, elapsed: float, state: Array) -> Array:
+        """Log of the unnormalised weights relative to the prior [K]; -inf for a weight of 0, which only "adjusted-fit" gives.
+
+        `elapsed` is the part of the run since the last estimate, `state` what this method returned then (zeros before the
+        first).
+
+        Raises:
+            InputError: the rule needs G and there is none.
+        """
         if self.name == "mirror":
             return state + self.step_size * (delta - delta.mean()) * elapsed
+        if self.name == "adjusted-fit":
+            return log(self._fit(delta, gram)[0])
+        direction, tau = self._softmax(delta, gram, progress)
+        return direction / tau
+
+    def reading(self, delta: Array, gram: Array | StepGram | None, progress: float) -> dict[str, float | None]:
+        """What one estimate's G did to the weights, for rules that need it: numbers to report, not to compute with.
+
+        Returns:
+            "ridge_used" (unit of G); "condition" of the matrix solved, "offset" (mean of v: what eq. (6) ignores) and
+            "effective_tau" (see `AdjustedDirection.effective_tau`) of the softmax rules; "fit_step" (a) and "fit_residual"
+            (share of the contrast of Delta that its step leaves) of "adjusted-fit". Else None.
+        """
+        g = self._gram(gram)
+        found: dict[str, float | None] = dict.fromkeys(
+            ("ridge_used", "condition", "offset", "effective_tau", "fit_step", "fit_residual")
+        )
+        if self.name == "adjusted-fit":
+            _, found["ridge_used"], found["fit_step"], found["fit_residual"] = self._fit(delta, gram)
+            return found
+        direction = adjusted_direction(g.matrix, delta, normalise=self.normalise, ridge=self._ridge(g))
+        tau = self._softmax(delta, gram, progress)[1]
+        if self.name.endswith("spread"):  # which divides the contrast by its spread: a temperature once more
+            tau *= float(direction.contrast.std()) or 1.0
+        found["effective_tau"] = direction.effective_tau(tau)
+        return found | {"ridge_used": direction.ridge, "condition": direction.condition, "offset": direction.offset}
+
+    def planned_tau(self, delta: Array, progress: float) -> float:
+        """The tau that makes std(Delta) / tau the spread of this rule's logits, as far as it is known before G is: what
+        `gram.estimate` plans the size of a sketch with."""
+        sigma = float(delta.std()) or 1.0
+        if self.name == "adjusted-trust":
+            return sigma / float(np.sqrt(2 * self.radius))  # KL ~ variance of the logits / 2
+        if self.name == "adjusted-fit":
+            return sigma
+        return self.temperature(progress) * (sigma if self.name.endswith("spread") else 1.0)
+
+    def _gram(self, gram: Array | StepGram | None) -> StepGram:
+        if gram is None:
+            raise InputError(f"rule {self.name!r} needs a Gram matrix at every step")
+        return gram if isinstance(gram, StepGram) else StepGram(gram)
+
+    def _ridge(self, gram: StepGram) -> float | Literal["auto"]:
+        return self.ridge if self.ridge != "auto" else gram.ridge or "auto"
+
+    def _prior(self) -> Array | None:
+        prior = None if self.prior is None else np.asarray(self.prior, dtype=np.float64)
+        return None if prior is None else prior / prior.sum()
+
+    def _softmax(self, delta: Array, gram: Array | StepGram | None, progress: float) -> tuple[Array, float]:
+        """Direction [K] and temperature of the rules that are a softmax."""
+        tau = self.temperature(progress)
+        direction = delta - delta.mean()
         if self.needs_gram:
-            if gram is None:
-                raise InputError(f"rule {self.name!r} needs a Gram matrix at every step")
-            direction = adjusted_direction(gram, delta, normalise=self.normalise, ridge=self.ridge).contrast
-        else:
-            direction = delta - delta.mean()
+            g = self._gram(gram)
+            direction = adjusted_direction(g.matrix, delta, normalise=self.normalise, ridge=self._ridge(g)).contrast
         if self.name.endswith("spread"):
             sigma = float(direction.std())
             direction = direction / sigma if sigma > 0 else direction
-        return direction / tau
+        elif self.name == "adjusted-trust":
+            tau = trust_region_tau(direction, self.radius, self._prior())
+        return direction, tau
+
+    def _fit(self, delta: Array, gram: Array | StepGram | None) -> tuple[Array, float, float, float]:
+        """w / w0 [K] (1 where both are 0), ridge, step and residual of "adjusted-fit"."""
+        g, prior = self._gram(gram), self._prior()
+        # momentum lasts about 1 / (1 - beta1) steps: a step that is fitted reaches further, and would multiply it
+        drift = None if self.fit_step == "auto" else g.drift
+        fit = simplex_fit(g.matrix, delta, step=self.fit_step, drift=drift, prior=prior, ridge=self._ridge(g))
+        w0 = np.full(len(delta), 1 / len(delta)) if prior is None else prior
+        return np.where(w0 > 0, fit.weights / np.where(w0 > 0, w0, 1.0), 1.0), fit.ridge, fit.step, fit.residual
 
     def weights(self, logits: Array) -> Array:
         """Weights [K] of `logits`, with prior and floor."""
@@ -85,13 +174,26 @@ class Rule:
         return with_floor(softmax(logits + prior), self.floor)
 
 
-RULES = ("iterative", "spread", "mirror", "adjusted", "adjusted-spread")
+RULES = ("iterative", "spread", "mirror", "adjusted", "adjusted-spread", "adjusted-trust", "adjusted-fit")
 
 
-def replay(rule: Rule, steps: Sequence[int], total: int, deltas: ArrayLike, grams: Sequence[Array | None] | None = None) -> Array:
+def aggregation(rule: str | None, asked: str) -> str:
+    """How the weights of `rule` are averaged when `asked` is "geometric", "arithmetic" or "none".
+
+    "adjusted-fit" gives weights of exactly 0, one of which would keep a domain's geometric mean, eq. (8), at 0 for good. Its
+    weights are averaged arithmetically: the mixture the run saw, and `argmin_w sum_t a_t KL(w_t || w)`, eq. (9) with its
+    arguments exchanged.
+    """
+    return "arithmetic" if rule == "adjusted-fit" and asked == "geometric" else asked
+
+
+def replay(
+    rule: Rule, steps: Sequence[int], total: int, deltas: ArrayLike, grams: Sequence[Array | StepGram | None] | None = None
+) -> Array:
     """The weights [S, K] that `rule` gives along stored Delta_t [S, K] of a run of `total` steps.
 
-    For the rule of the run itself this is what the run used; for any other it is the answer on the same trajectory.
+    `grams` holds G_t, as a `StepGram` where a ridge or a drift was stored with it. For the rule of the run itself this is what
+    the run used; for any other it is the answer on the same trajectory.
     """
     d = np.asarray(deltas, dtype=np.float64)
     if d.ndim != 2 or len(d) != len(steps):

@@ -33,7 +33,7 @@ from lldfast.files import folder_lock, write_json
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
 from lldfast.ops.linear_logprob import linear_cross_entropy
-from lldfast.rules import Rule
+from lldfast.rules import Rule, aggregation
 from lldfast.runlog import JsonlLog, RunLog
 from lldfast.schedule import estimation_steps, learning_rate
 from lldfast.weights import with_floor
@@ -59,10 +59,10 @@ class Source:
     controller: LLDController | None = None
     origin: dict[str, Any] | None = None  # the pass-1 weights file that the stages were computed from
 
-    def at(self, step: int, scorer: Scorer) -> Weights | None:
+    def at(self, step: int, scorer: Scorer, optimizer: torch.optim.Optimizer) -> Weights | None:
         """New weights before optimiser step `step`, or None to keep those in force."""
         if self.controller is not None:
-            return self.controller.step(step, scorer)
+            return self.controller.step(step, scorer, optimizer)
         return next((weights for first, weights in self.stages if first == step), None)
 
 
@@ -75,8 +75,7 @@ def make_rule(exp: Experiment, name: str, domains: list[str]) -> Rule:
     elif lld.prior != "uniform":
         prior = load_weights(lld.prior, exp.domains)
     with_floor(np.full(len(domains), 1 / len(domains)), lld.floor)  # raises where it is too much for so many domains
-    order = None if prior is None else tuple(prior[domain] for domain in domains)
-    return Rule(name, lld.tau, lld.tau_end, lld.step_size, lld.floor, lld.normalise, lld.ridge, order)
+    return lld.rule(name, None if prior is None else tuple(prior[domain] for domain in domains))
 
 
 def make_source(exp: Experiment, method: Method) -> Source:
@@ -113,6 +112,7 @@ def make_source(exp: Experiment, method: Method) -> Source:
                 bootstrap=config.lld.bootstrap,
                 seed=config.seed,
                 batch_tokens=config.measure.batch_tokens,
+                gram_options=config.gram.options(),
             ),
         )
     path = Path(config.lld.pass1) if config.lld.pass1 else exp.out / "methods" / method.rule / "weights.json"
@@ -126,7 +126,8 @@ def make_source(exp: Experiment, method: Method) -> Source:
     total = int(file["total_steps"])
     array = np.array([[w[name] for name in exp.domains] for w in weights])
     how = config.lld.step_weights or default_step_weights(method.rule, stages=2)
-    plan = combine(steps, total, array, aggregate=config.lld.aggregate, step_weights=how, stages=2, split=config.lld.split)
+    mean = aggregation(file.get("rule"), config.lld.aggregate)
+    plan = combine(steps, total, array, aggregate=mean, step_weights=how, stages=2, split=config.lld.split)
     scale = config.train.steps / total  # a pass 1 of another length is stretched to this run
     named = [(round(step * scale), dict(zip(exp.domains, w.tolist(), strict=True))) for step, w in plan]
     return Source(named, origin=file)
@@ -198,9 +199,11 @@ def train_method(exp: Experiment, name: str) -> None:
 
     for step in range(start, t.steps):
         # 1. weights: Algorithm 1 estimates where step is in S; pass 2 switches stages
-        weights = source.at(step, scorer)
+        weights = source.at(step, scorer, optimizer)
         if weights is not None:
             mixture.set_weights(weights)
+            if source.controller is not None and source.controller.rule.needs_gram:
+                log.say(source.controller.gram_line())
         if step in measure_at:
             measure(exp, scorer, step, folder, mixture, metrics, log)
             window_began, window_tokens = time.perf_counter(), 0  # measuring is not training
@@ -323,12 +326,13 @@ def write_method_weights(exp: Experiment, method: Method, source: Source, folder
     if controller is not None:
         # a mirror run's recipe is weighted by time in force: its logits grow with time (METHOD, last section)
         how = lld.step_weights or default_step_weights(controller.rule.name)
-        weights = controller.aggregate(method=lld.aggregate, step_weights=how)
+        mean = aggregation(controller.rule.name, lld.aggregate)
+        weights = controller.aggregate(method=mean, step_weights=how)
         fields |= rule_fields(controller.rule, controller.domains) | {
-            "aggregate": lld.aggregate,
+            "aggregate": mean,
             "step_weights": how,
             "trajectory": controller.trajectory(),
-            "weights_se": controller.aggregate_errors(method=lld.aggregate, step_weights=how),
+            "weights_se": controller.aggregate_errors(method=mean, step_weights=how),
             "last_weights": dict(zip(controller.domains, controller.weights[-1].tolist(), strict=True)),
             "last_weights_se": controller.last_errors(),
         }

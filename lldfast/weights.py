@@ -1,4 +1,4 @@
-"""Domain weights from log-likelihood differences: eqs. (5)-(9) of the LLD paper, in numpy (rules along a run: rules.py).
+"""Domain weights from log-likelihood differences: eqs. (4)-(9) of the LLD paper, in numpy (rules along a run: rules.py).
 
 Notation: K domains, Delta_k = l_k(target) - l_k(base) in nats per token, tau a temperature in the same unit, w0 a prior on
 the simplex (uniform unless given), G = J J^T the Gram matrix of the domain log-likelihood gradients.
@@ -29,7 +29,7 @@ V = TypeVar("V", bound=Values)
 # ridge="auto": a G that is worse conditioned than this, or indefinite, is dominated by the noise of few texts.
 MAX_CONDITION = 1e8
 AUTO_RIDGE = 0.01  # of tr G / K
-NORMALISE = ("spread", "trace", "none")
+NORMALISE = ("spread", "trace", "corr", "none")
 
 
 def align(values: Values, domains: Sequence[str], what: str = "values") -> Array:
@@ -80,7 +80,7 @@ def _names(values: Values, domains: Sequence[str] | None) -> list[str]:
     return [str(k) for k in range(len(array))]
 
 
-def _like(values: Values, names: Sequence[str], array: Array) -> Any:
+def like(values: Values, names: Sequence[str], array: Array) -> Any:
     return dict(zip(names, array.tolist(), strict=True)) if isinstance(values, Mapping) else array
 
 
@@ -150,11 +150,11 @@ def lld_weights(
     names = _names(delta, domains)
     d = align(delta, names, "delta")
     _check_delta(d, names)
-    w = softmax(_log_prior(prior, names) + (d - d.mean()) / tau)
-    return _like(delta, names, with_floor(w, floor))
+    w = softmax(log_prior(prior, names) + (d - d.mean()) / tau)
+    return like(delta, names, with_floor(w, floor))
 
 
-def _log_prior(prior: Values | None, names: Sequence[str]) -> Array:
+def log_prior(prior: Values | None, names: Sequence[str]) -> Array:
     return np.zeros(len(names)) if prior is None else log(simplex(prior, names, "prior"))
 
 
@@ -163,37 +163,30 @@ class AdjustedDirection:
     """`v = G^-1 Delta` and what it takes to read it: see `adjusted_direction`."""
 
     v: Array  # [K], after normalisation
-    scale: float  # factor by which G^-1 Delta was multiplied
+    scale: float  # factor by which G^-1 Delta was multiplied; with "corr", whose v is no multiple of it, the ratio of spreads
     offset: float  # mean of v: eq. (6) ignores it after the softmax, yet it depends on a common offset of Delta
     contrast: Array  # v - offset [K]
-    condition: float  # of G with its ridge
-    ridge: float  # added to the diagonal, in the unit of G
+    condition: float  # of the matrix solved: G with its ridge, or its correlation matrix
+    ridge: float  # added to the diagonal of G, in the unit of G
+
+    def effective_tau(self, tau: float) -> float:
+        """The tau at which the literal eq. (6), normalise="none", gives the weights of this direction at `tau`.
+
+        inf where every domain weighs the same. With normalise="corr", another direction than eq. (6)'s, it is the tau of the
+        same spread of logits.
+        """
+        return tau / self.scale if self.scale > 0 else float("inf")
 
 
-def adjusted_direction(
-    gram: ArrayLike, delta: ArrayLike, *, normalise: str = "spread", ridge: float | Literal["auto"] = "auto"
-) -> AdjustedDirection:
-    """Solve `G v = Delta` (eq. (4)'s unconstrained optimum) for symmetric, possibly singular G [K, K].
-
-    Args:
-        normalise: "spread" multiplies v so that std(v) = std(Delta), which keeps the meaning of tau; "trace" uses
-            G K / tr G, so that G ~ I gives back eq. (7); "none" is the literal eq. (6).
-        ridge: added to the diagonal, in the unit of G. "auto" adds nothing to a well-conditioned G, and 0.01 tr G / K to
-            a singular or indefinite one (few texts), whose noise would otherwise decide v.
-
-    Raises:
-        InputError: shapes, a G that is not finite, not symmetric or zero, unknown `normalise`, negative ridge.
-    """
-    g = _numbers(gram, "gram")
-    d = _numbers(delta, "delta")
+def regularised(gram: ArrayLike, delta: ArrayLike, ridge: float | Literal["auto"]) -> tuple[Array, Array, Array, float]:
+    """Delta [K], eigenvalues [K] (>= 0, ridge included) and eigenvectors [K, K] of G, and the ridge that was added."""
+    g, d = _numbers(gram, "gram"), _numbers(delta, "delta")
     if d.ndim != 1 or not len(d) or g.shape != (len(d), len(d)):
         raise InputError(f"gram must be [K, K] for delta [K], got {g.shape} and {d.shape}")
     if not np.isfinite(g).all():
         raise InputError("gram has entries that are not finite")
     if not np.allclose(g, g.T, rtol=1e-6, atol=1e-9 * max(float(np.abs(g).max(initial=0.0)), 1e-300)):
         raise InputError("gram is not symmetric")
-    if normalise not in NORMALISE:
-        raise InputError(f"normalise must be one of {', '.join(NORMALISE)}, got {normalise!r}")
     values, vectors = np.linalg.eigh((g + g.T) / 2)
     if values[-1] <= 0:
         raise InputError("gram has no positive eigenvalue")
@@ -206,15 +199,60 @@ def adjusted_direction(
             raise InputError(f"ridge must be >= 0 or 'auto', got {ridge}")
         if values[0] + amount <= 0:
             raise InputError("gram is singular and ridge is 0: give a ridge or 'auto'")
-    values = values + amount
+    return d, values + amount, vectors, amount
+
+
+def adjusted_direction(
+    gram: ArrayLike, delta: ArrayLike, *, normalise: str = "spread", ridge: float | Literal["auto"] = "auto"
+) -> AdjustedDirection:
+    """Solve `G v = Delta` (eq. (4)'s unconstrained optimum) for symmetric, possibly singular G [K, K].
+
+    Args:
+        normalise: "spread" multiplies v so that std(v) = std(Delta), which keeps the meaning of tau; "trace" uses
+            G K / tr G, so that G ~ I gives back eq. (7); "corr" solves in the correlation matrix D^-1/2 G D^-1/2, D = diag G,
+            so that every diagonal G gives back eq. (7); "none" is the literal eq. (6).
+        ridge: added to the diagonal, in the unit of G. "auto" adds nothing to a well-conditioned G, and 0.01 tr G / K to
+            a singular or indefinite one (few texts), whose noise would otherwise decide v.
+
+    Raises:
+        InputError: shapes, a G that is not finite, not symmetric or zero, unknown `normalise`, negative ridge.
+    """
+    if normalise not in NORMALISE:
+        raise InputError(f"normalise must be one of {', '.join(NORMALISE)}, got {normalise!r}")
+    d, values, vectors, amount = regularised(gram, delta, ridge)
     v = vectors @ ((vectors.T @ d) / values)
+    literal = float(v.std())
     scale = 1.0
-    if normalise == "spread" and np.ptp(v) > 1e-12 * max(float(np.abs(v).max()), 1e-300):
-        scale = float(d.std() / v.std())
-    elif normalise == "trace":
-        scale = float(np.trace(g) / len(d))
-    v = v * scale
-    return AdjustedDirection(v, scale, float(v.mean()), v - v.mean(), float(values[-1] / values[0]), float(amount))
+    if normalise == "trace":
+        scale = float(np.trace(np.asarray(gram, dtype=np.float64)) / len(d))
+    elif normalise == "spread" and np.ptp(v) > 1e-12 * max(float(np.abs(v).max()), 1e-300):
+        scale = float(d.std()) / literal
+    if normalise == "corr":
+        g = (vectors * values) @ vectors.T
+        root = np.sqrt(g.diagonal())
+        values, vectors = np.linalg.eigh(g / np.outer(root, root))
+        values = np.clip(values, np.finfo(float).eps * values[-1], None)  # rounding of a nearly singular one
+        v = vectors @ ((vectors.T @ d) / values)
+        scale = float(v.std()) / literal if literal > 0 else 1.0
+    else:
+        v = v * scale
+    return AdjustedDirection(v, scale, float(v.mean()), v - v.mean(), float(values[-1] / values[0]), amount)
+
+
+def named_problem(
+    gram: ArrayLike | GramEstimate, delta: Values, ridge: float | Literal["auto"], domains: Sequence[str] | None
+) -> tuple[list[str], Array, Array, float | Literal["auto"]]:
+    """Names, G [K, K] and Delta [K] in their order, and the ridge: "auto" is that of a GramEstimate which has chosen one."""
+    if hasattr(gram, "matrix"):  # a GramEstimate, which this module must not import: it needs torch
+        estimate = cast("GramEstimate", gram)
+        domains = estimate.domains if domains is None and not isinstance(delta, Mapping) else domains
+        gram = estimate.matrix(_names(delta, domains))
+        if ridge == "auto":
+            ridge = getattr(estimate, "ridge", None) or "auto"
+    names = _names(delta, domains)
+    d = align(delta, names, "delta")
+    _check_delta(d, names)
+    return names, _numbers(gram, "gram"), d, ridge
 
 
 def adjusted_lld_weights(
@@ -233,7 +271,8 @@ def adjusted_lld_weights(
     Args:
         gram: G = J J^T [K, K] in the order of `delta` (of `domains` when given), or what `gram.estimate` returns, which is
             aligned by name.
-        normalise, ridge: see `adjusted_direction`; the paper's literal rule is normalise="none", ridge=0.
+        normalise, ridge: see `adjusted_direction`; the paper's literal rule is normalise="none", ridge=0. "auto" is the ridge
+            that a GramEstimate has chosen, where it has.
 
     Returns:
         Weights on the simplex [K], in the form of `delta`.
@@ -242,16 +281,10 @@ def adjusted_lld_weights(
         InputError: as `lld_weights` and `adjusted_direction`.
     """
     check_tau(tau)
-    if hasattr(gram, "matrix"):  # a GramEstimate, which this module must not import: it needs torch
-        estimate = cast("GramEstimate", gram)
-        domains = estimate.domains if domains is None and not isinstance(delta, Mapping) else domains
-        gram = estimate.matrix(_names(delta, domains))
-    names = _names(delta, domains)
-    d = align(delta, names, "delta")
-    _check_delta(d, names)
-    direction = adjusted_direction(cast(ArrayLike, gram), d, normalise=normalise, ridge=ridge)
-    w = softmax(_log_prior(prior, names) + direction.contrast / tau)
-    return _like(delta, names, with_floor(w, floor))
+    names, g, d, ridge = named_problem(gram, delta, ridge, domains)
+    direction = adjusted_direction(g, d, normalise=normalise, ridge=ridge)
+    w = softmax(log_prior(prior, names) + direction.contrast / tau)
+    return like(delta, names, with_floor(w, floor))
 
 
 def with_floor(weights: Array, floor: float) -> Array:
@@ -302,7 +335,7 @@ def aggregate_weights(
         wbar = (a[:, None] * w).sum(axis=0)
     else:
         raise InputError(f"method must be 'geometric' or 'arithmetic', got {method!r}")
-    return _like(rows[0], names, wbar)
+    return like(rows[0], names, wbar)
 
 
 def entropy(weights: ArrayLike) -> float:

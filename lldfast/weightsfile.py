@@ -16,7 +16,7 @@ import numpy as np
 
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import read_json, write_json
-from lldfast.rules import Rule, elapsed_weights, replay, two_stage_weights
+from lldfast.rules import Rule, StepGram, aggregation, elapsed_weights, replay, two_stage_weights
 from lldfast.weights import Array, aggregate_weights, effective_domains, simplex, standard_errors
 
 FORMAT = "lldfast-weights"
@@ -99,11 +99,31 @@ def _wrong_trajectory(file: dict[str, Any]) -> str:
                 return f"{key} of step {step} is {values[bad]!r} for domain {bad!r}"
         if gram is not None and np.shape(gram) != (len(names), len(names)):
             return f"gram of step {step} does not have a row and a column for each domain"
+        problem = _wrong_gram_info(entry.get("gram_info"), names)
+        if problem:
+            return f"gram_info of step {step} {problem}"
         before = step
     total = file.get("total_steps")
     if entries and (not isinstance(total, int) or total <= before):
         return f"total_steps is {total!r}, with an estimate at step {before}"
     return ""
+
+
+def _wrong_gram_info(info: Any, names: list[str]) -> str:
+    """What is wrong with those entries of an estimate's "gram_info" that its rule computes with, or ""."""
+    if info is None:
+        return ""  # no G, or a file of before ridges were chosen
+    if not isinstance(info, dict):
+        return "is not an object"
+    ridge, drift = info.get("ridge"), info.get("drift")
+    if ridge is not None and (not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf):
+        return f"has the ridge {ridge!r}"
+    if drift is None:
+        return ""
+    if not isinstance(drift, dict) or sorted(drift) != sorted(names):
+        return "has a drift that does not have its domains"
+    bad = next((n for n, v in drift.items() if not isinstance(v, (int, float)) or not math.isfinite(v)), None)
+    return "" if bad is None else f"has the drift {drift[bad]!r} for domain {bad!r}"
 
 
 def load_weights(path: str | Path, domains: Sequence[str] | None = None) -> dict[str, float]:
@@ -117,7 +137,17 @@ def load_weights(path: str | Path, domains: Sequence[str] | None = None) -> dict
     return dict(zip(names, simplex(weights, names, str(path)).tolist(), strict=True))
 
 
-def trajectory_arrays(file: dict[str, Any]) -> tuple[list[int], Array, list[Array | None]]:
+def step_gram(gram: Any, info: dict[str, Any] | None, domains: Sequence[str]) -> StepGram | None:
+    """G_t [K, K] of one estimate with the ridge and the drift stored in its "gram_info" (None in files that have none)."""
+    if gram is None:
+        return None
+    info = info or {}
+    drift = info.get("drift")
+    values = None if drift is None else np.array([drift[name] for name in domains], dtype=np.float64)
+    return StepGram(np.asarray(gram, dtype=np.float64), info.get("ridge"), values)
+
+
+def trajectory_arrays(file: dict[str, Any]) -> tuple[list[int], Array, list[StepGram | None]]:
     """Steps, Delta_t [S, K] and G_t of a weights file, in the order of its "domains".
 
     Raises:
@@ -128,7 +158,7 @@ def trajectory_arrays(file: dict[str, Any]) -> tuple[list[int], Array, list[Arra
     names = file["domains"]
     steps = [int(entry["step"]) for entry in file["trajectory"]]
     deltas = np.array([[entry["delta"][name] for name in names] for entry in file["trajectory"]])
-    grams = [None if entry.get("gram") is None else np.asarray(entry["gram"]) for entry in file["trajectory"]]
+    grams = [step_gram(entry.get("gram"), entry.get("gram_info"), names) for entry in file["trajectory"]]
     return steps, deltas, grams
 
 
@@ -166,7 +196,7 @@ def recompute(
 
     Args:
         rule: the rule of the file by default. Another rule is applied along the trajectory of the run that was made.
-        aggregate: "geometric", "arithmetic", or "none" (the last estimate).
+        aggregate: "geometric" (arithmetic for "adjusted-fit", see `aggregation`), "arithmetic", or "none" (the last estimate).
         step_weights: "equal" or "elapsed"; by default equal, and elapsed for mirror and for two stages.
         steps: use these estimates only.
 
@@ -177,6 +207,7 @@ def recompute(
     at, deltas, grams = trajectory_arrays(file)
     if rule is None:
         rule = rule_of(file)
+    aggregate = aggregation(rule.name, aggregate)
     if steps is not None:
         unknown = sorted(set(steps) - set(at))
         if unknown:
@@ -225,12 +256,12 @@ def recipe_errors(
     steps: Sequence[int],
     total: int,
     replicates: Array,
-    grams: Sequence[Array | None],
+    grams: Sequence[Array | StepGram | None],
     *,
     aggregate: str,
     step_weights: str,
 ) -> Array:
-    """Standard errors [K] of an aggregated recipe, by the bootstrap over texts: replicates of Delta_t [S, B, K]."""
+    """Standard errors [K] of an aggregated recipe, by the bootstrap over texts: replicates of Delta_t [S, B, K], the same G_t."""
 
     def fixed(deltas: Array) -> Array:
         w = replay(rule, steps, total, deltas, grams)
@@ -256,6 +287,8 @@ def rule_fields(rule: Rule, domains: Sequence[str] = ()) -> dict[str, Any]:
         "normalise": rule.normalise,
         "ridge": rule.ridge,
         "prior": None if rule.prior is None else dict(zip(domains, rule.prior, strict=True)),
+        "radius": rule.radius,
+        "fit_step": rule.fit_step,
     }
 
 
@@ -280,4 +313,6 @@ def rule_of(file: dict[str, Any]) -> Rule:
         normalise=file.get("normalise", "spread"),
         ridge=file.get("ridge", "auto"),
         prior=None if prior is None else tuple(prior[name] for name in file["domains"]),
+        radius=file.get("radius", 0.1),
+        fit_step=file.get("fit_step", "auto"),
     )

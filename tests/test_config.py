@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 import yaml
 
-from lldfast.config import Config, parse_config, parse_method, recipe_path
+from lldfast.config import Config, GramConfig, parse_config, parse_method, recipe_path, with_defaults
 from lldfast.errors import InputError
 
 
@@ -68,6 +70,19 @@ def test_demo_is_the_default_and_methods_take_commas():
         (["--lld.step_size=.inf"], "step_size"),
         (["--lld.every=0"], "every"),
         (["--lld.split=1"], "lld.split"),
+        (["--lld.radius=0"], "radius must be > 0"),
+        (["--lld.fit_step=0"], "step must be 'auto'"),
+        (["--lld.normalise=std"], "normalise"),
+        (["--gram.mode=sketch"], r"gram\.mode"),
+        (["--gram.k=1000"], "gram.k must be a power of two or auto, got 1000"),
+        (["--gram.k=0"], "gram.k must be a power of two"),
+        (["--gram.mode=exact", "--gram.k=1024"], "gram.k is the size of a sketch: mode 'exact'"),
+        (["--gram.groups=0"], "gram.groups"),
+        (["--gram.groups=1"], "gram.groups must be >= 2"),
+        (["--gram.batch_tokens=0"], "gram.batch_tokens"),
+        (["--gram.budget_mb=0"], "gram.budget_mb"),
+        (["--gram.target_kl=.nan"], "gram.target_kl"),
+        (["--gram.precondition=sgd"], r"gram\.precondition"),
         (["--method", "two-stage", "--train.steps=1"], "'two-stage'.*no second stage"),
         (["--train.learning_rate=.inf"], "learning_rate"),
         (["--train.min_lr=.nan"], "min_lr"),
@@ -123,3 +138,44 @@ def test_method_names():
     assert parse_method("mirror-two-stage").stages == 2
     assert parse_method("adjusted-spread").passes == 1
     assert parse_method("ground-truth").rule is None
+    for rule in ("adjusted-trust", "adjusted-fit"):
+        assert parse_method(rule).passes == 1 and parse_method(rule).rule == rule
+        for suffix, stages in (("aggregated", 1), ("fixed", 1), ("two-stage", 2)):
+            spec = parse_method(f"{rule}-{suffix}")
+            assert (spec.rule, spec.passes, spec.stages) == (rule, 2, stages)
+
+
+def test_gram_options_on_the_command_line():
+    c = parse_config(["--gram.mode", "fold", "--gram.k", "65536", "--gram.budget_mb=1.5", "--gram.precondition=adamw"])
+    assert c.gram.options() == {
+        "mode": "fold",
+        "k": 65536,
+        "groups": 8,
+        "debias": True,
+        "precondition": "adamw",
+        "budget_bytes": 3 * 2**19,
+        "target_kl": 1e-4,
+        "batch_tokens": 4096,
+    }
+    plain = GramConfig().options()
+    assert plain["precondition"] is None and plain["budget_bytes"] is None and plain["k"] == "auto"
+    assert parse_config(["--gram.k=auto", "--gram.groups=1", "--gram.debias=false"]).gram.groups == 1
+    fit = parse_config(["--lld.fit_step=0.5", "--lld.radius", "0.02"]).lld.rule("adjusted-fit", (0.5, 0.5))
+    assert (fit.fit_step, fit.radius, fit.prior) == (0.5, 0.02, (0.5, 0.5))
+    assert parse_config(["--lld.fit_step=auto"]).lld.rule("adjusted-fit").fit_step == "auto"
+
+
+def test_every_option_of_a_rule_reaches_it():
+    changed = {"tau": 2.0, "tau_end": 3.0, "step_size": 5.0, "floor": 0.01, "normalise": "corr", "ridge": 0.5}
+    changed |= {"radius": 0.3, "fit_step": 0.7}
+    rule = dataclasses.replace(Config().lld, **changed).rule("adjusted", (1.0,))
+    assert {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)} == {"name": "adjusted", "prior": (1.0,), **changed}
+
+
+def test_a_configuration_of_an_earlier_version_is_completed():
+    c = Config(out="x", methods=["uniform"])
+    c.target.mixture = {"a": 1.0}  # a value, not a section with missing keys
+    c.train.steps = 77
+    old = yaml.safe_load(c.to_yaml())
+    del old["gram"], old["lld"]["radius"]
+    assert with_defaults(old) == yaml.safe_load(c.to_yaml()) == with_defaults(with_defaults(old))

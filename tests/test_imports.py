@@ -21,6 +21,7 @@ FLOORS = {
     "lldfast.divergence": 2,
     "lldfast.gram": 2,
     "lldfast.weights": 2,
+    "lldfast.constrained": 2,
     "lldfast.rules": 2,
     "lldfast.weightsfile": 2,
     "lldfast.config": 3,
@@ -43,7 +44,7 @@ FLOORS = {
     "lldfast": 5,
     "lldfast.__main__": 5,
 }
-NUMPY_ONLY = ("lldfast.weights", "lldfast.divergence")
+NUMPY_ONLY = ("lldfast.weights", "lldfast.constrained", "lldfast.divergence")
 
 
 def floor(module: str) -> int | None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from lldfast.config import Config, LogConfig, ModelConfig, TargetConfig, TrainConfig
+from lldfast.config import Config, GramConfig, LogConfig, ModelConfig, TargetConfig, TrainConfig
 from lldfast.data.prepare import prepare
 from lldfast.errors import BusyError, InputError, TrainingError
 from lldfast.files import folder_lock, read_json
@@ -168,6 +169,62 @@ def test_offline_weights_of_a_run(finished, capsys):
     assert load_weights(finished / "w.json")
 
 
+def test_rules_on_a_sketched_preconditioned_gram(corpus, target, tmp_path, capsys):
+    """From the command's options to the report: sketches of AdamW-preconditioned rows, a fit with zeros, both kinds of pass 2."""
+    from lldfast.__main__ import main
+
+    methods = ["adjusted-trust", "adjusted-fit-aggregated", "adjusted-fit-two-stage"]
+    c = config(tmp_path / "run", corpus, methods=methods, target=TargetConfig(model=str(target)))
+    c.gram = GramConfig(mode="fold", k=4096, precondition="adamw", groups=4)
+    c.lld.radius = 0.02
+    c.lld.normalise = "corr"
+    c.log.report = True
+    c.train.steps = 8
+    run(c)
+    said = capsys.readouterr().err
+    file = read_json(tmp_path / "run" / "methods" / "adjusted-trust" / "weights.json")
+    for entry in file["trajectory"]:
+        w = np.array(list(entry["weights"].values()))
+        assert (w * np.log(3 * w)).sum() == pytest.approx(0.02, rel=1e-4)
+        info = entry["gram_info"]
+        assert (info["mode"], info["k"]) == ("fold", 4096) and 0 < info["expected_error"] < 1 and info["ridge_used"] >= 0
+        assert set(info["drift"]) == set(info["weights_se"]) == set(SENTENCES) and max(info["weights_se"].values()) > 0
+        assert said.count(f"[adjusted-trust] G at step {entry['step']}: fold k 4,096, expected error of v") == 1
+    assert (file["radius"], file["normalise"], file["aggregate"]) == (0.02, "corr", "geometric")
+
+    fit = read_json(tmp_path / "run" / "methods" / "adjusted-fit" / "weights.json")
+    w = np.array([[entry["weights"][name] for name in fit["domains"]] for entry in fit["trajectory"]])
+    assert fit["aggregate"] == "arithmetic" and list(fit["weights"].values()) == pytest.approx(w.mean(axis=0).tolist())
+    assert all(np.isfinite(value) for value in fit["weights_se"].values())
+    log = read_jsonl(tmp_path / "run" / "methods" / "adjusted-fit-aggregated" / "log.jsonl")
+    assert all(record["weights"] == pytest.approx(fit["weights"]) for record in log)
+    stages = read_json(tmp_path / "run" / "methods" / "adjusted-fit-two-stage" / "weights.json")["stages"]
+    assert [stage["from_step"] for stage in stages] == [0, 4]
+    assert "Estimated in mode fold with 4,096 numbers a row" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+    offline = tmp_path / "w.json"  # the same estimates, with the ridges and drifts that were stored
+    assert main(["weights", str(tmp_path / "run"), "--method", "adjusted-fit", "--out", str(offline)]) == 0
+    assert load_weights(offline) == pytest.approx(fit["weights"], abs=1e-12)
+    assert main(["weights", str(tmp_path / "run"), "--method", "adjusted-trust", "--rule", "adjusted-fit"]) == 0
+
+
+def test_a_run_of_an_earlier_version_goes_on(corpus, target, tmp_path):
+    """Its config.yaml has no section "gram" and not every option of a rule: what it used is what are defaults now."""
+    c = config(tmp_path / "run", corpus, target=TargetConfig(model=str(target)))
+    run(c)
+    path = tmp_path / "run" / "config.yaml"
+    old = yaml.safe_load(path.read_text())
+    del old["gram"], old["lld"]["radius"], old["lld"]["fit_step"]
+    path.write_text(yaml.safe_dump(old))
+    other = dataclasses.replace(c, methods=["uniform", "spread"], gram=GramConfig(mode="exact"))
+    with pytest.raises(InputError, match=r"gram\.mode = 'auto', now it is 'exact'"):
+        run(other)
+    path.write_text(yaml.safe_dump(old))
+    run(dataclasses.replace(c, methods=["uniform", "spread"]))
+    assert (tmp_path / "run" / "methods" / "spread" / "result.json").exists()
+    assert yaml.safe_load(path.read_text())["gram"]["mode"] == "auto"
+
+
 CHILD = """
 import dataclasses, json, sys
 from lldfast.config import *
@@ -184,7 +241,7 @@ run(Config(
 """
 
 
-@pytest.mark.parametrize("method", ["iterative", "mirror"])
+@pytest.mark.parametrize("method", ["iterative", "mirror", "adjusted"])
 def test_sigkill_and_resume_give_the_same_bits(method, finished, corpus, target, tmp_path):
     """Killed twice at arbitrary moments, the run ends with the weights, losses and mixture states of one never killed."""
     spec = json.dumps({"out": str(tmp_path / "run"), "methods": [method], "data": str(corpus), "target": str(target)})
@@ -388,11 +445,11 @@ def test_one_domain_and_one_step(tmp_path, target):
     source = tmp_path / "docs.jsonl"
     source.write_text("".join(json.dumps({"text": text, "domain": "code"}) + "\n" for text in documents("code")))
     data = prepare([str(source)], tmp_path / "data", tokenizer="bytes", eval_per_domain=2, workers=1, progress=False)
-    methods = ["aggregated", "mirror-fixed", "spread", "adjusted", "adjusted-spread"]
+    methods = ["aggregated", "mirror-fixed", "spread", "adjusted", "adjusted-spread", "adjusted-trust", "adjusted-fit"]
     c = config(tmp_path / "run", data, methods=methods, target=TargetConfig(model=str(target)))
     run(dataclasses.replace(c, train=dataclasses.replace(c.train, steps=1)))
     rows = read_json(tmp_path / "run" / "summary.json")["rows"]
-    assert len(rows) == 7 and all(row["effective_domains"] == pytest.approx(1) for row in rows)
+    assert len(rows) == 9 and all(row["effective_domains"] == pytest.approx(1) for row in rows)
 
 
 def test_true_kl_does_not_depend_on_the_targets_first_token_rule(corpus, target, tmp_path):

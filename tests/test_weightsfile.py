@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from lldfast.constrained import fit_weights
 from lldfast.errors import CorruptError, InputError
 from lldfast.rules import Rule, replay
-from lldfast.weights import aggregate_weights, lld_weights
+from lldfast.weights import adjusted_lld_weights, aggregate_weights, lld_weights
 from lldfast.weightsfile import (
     disclosure,
     load_weights,
@@ -16,6 +17,7 @@ from lldfast.weightsfile import (
     rule_fields,
     rule_of,
     save_weights,
+    trajectory_arrays,
 )
 
 rng = np.random.default_rng(0)
@@ -99,6 +101,62 @@ def test_a_prior_is_kept_by_name(tmp_path):
     assert rule_of(read_weights_file(path)).prior == prior[::-1]
 
 
+GRAMS = [(lambda j: j @ j.T)(np.random.default_rng(t).normal(size=(3, 9))) for t in range(6)]
+
+
+@pytest.fixture
+def fitted(run):
+    """The same run with a Gram matrix, a ridge and a drift at every estimate, made by "adjusted-fit"."""
+    file = json.loads(run.read_text())
+    for t, entry in enumerate(file["trajectory"]):
+        drift = {"Pile-CC": 0.1 * t, "Github": 1.0, "Wikipedia (en)": -1.0}  # not in the order of the domains
+        entry |= {"gram": GRAMS[t].tolist(), "gram_info": {"ridge": 0.5 + t, "drift": drift}}
+    run.write_text(json.dumps({**file, **rule_fields(Rule("adjusted-fit"))}))
+    return run
+
+
+def test_every_field_of_a_rule_is_kept():
+    rule = Rule("adjusted-fit", 2.0, 3.0, 5.0, 0.1, "corr", 0.5, (0.2, 0.3, 0.5), 0.3, 0.7)
+    fields = rule_fields(rule, NAMES)
+    assert rule_of(json.loads(json.dumps({"domains": NAMES, **fields}))) == rule
+    del fields["radius"], fields["fit_step"]  # a file of before these rules
+    old = rule_of({"domains": NAMES, **fields})
+    assert (old.radius, old.fit_step) == (0.1, "auto")
+
+
+def test_the_ridge_and_drift_of_an_estimate_are_used_offline(fitted):
+    _, _, grams = trajectory_arrays(read_weights_file(fitted))
+    assert [g.ridge for g in grams] == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5] and grams[2].drift.tolist() == [1.0, 0.2, -1.0]
+    last = recompute(fitted, rule=Rule("adjusted"), aggregate="none")
+    np.testing.assert_allclose(values(last), adjusted_lld_weights(GRAMS[-1], DELTAS[-1], ridge=5.5), rtol=1e-9)
+    fit = recompute(fitted, aggregate="none")
+    np.testing.assert_allclose(values(fit), fit_weights(GRAMS[-1], DELTAS[-1], ridge=5.5), rtol=1e-9)
+    fixed = recompute(fitted, rule=Rule("adjusted-fit", fit_step=0.5), aggregate="none")
+    expected = fit_weights(GRAMS[-1], DELTAS[-1], step=0.5, ridge=5.5, drift=np.array([1.0, 0.5, -1.0]))
+    np.testing.assert_allclose(values(fixed), expected, rtol=1e-9)
+    file = json.loads(fitted.read_text())
+    for entry in file["trajectory"]:
+        del entry["gram_info"]  # a file of before ridges were stored
+    fitted.write_text(json.dumps(file))
+    old = recompute(fitted, rule=Rule("adjusted"), aggregate="none")
+    np.testing.assert_allclose(values(old), adjusted_lld_weights(GRAMS[-1], DELTAS[-1]), rtol=1e-9)
+
+
+def test_a_fit_whose_domains_are_all_zero_somewhere_has_a_recipe(fitted):
+    w = np.array([[e["weights"][n] for n in NAMES] for e in recompute(fitted)["trajectory"]])
+    assert (w == 0).any(axis=0).all()  # the geometric mean does not exist
+    with pytest.raises(InputError, match="geometric mean is 0"):
+        aggregate_weights(w)
+    for asked in ("geometric", "arithmetic"):
+        out = recompute(fitted, aggregate=asked)
+        assert out["aggregate"] == "arithmetic" and len(out["weights_se"]) == 3
+        np.testing.assert_allclose(values(out), w.mean(axis=0))
+    stages = recompute(fitted, stages=2)["stages"]
+    time = np.array([1, 1, 2, 6, 5, 0]) / 15  # the boundary is 15
+    np.testing.assert_allclose([stages[0]["weights"][n] for n in NAMES], time @ w)
+    assert sum(load_weights(save_weights(fitted.with_name("w.json"), out["weights"])).values()) == pytest.approx(1)
+
+
 def test_load_checks_names(run, tmp_path):
     assert list(load_weights(run, NAMES[::-1])) == NAMES[::-1]
     with pytest.raises(InputError, match=r"weights\.json: unknown domain 'Github'; did you mean 'GitHub'"):
@@ -147,6 +205,14 @@ def test_disclosure_names_the_target():
         (lambda f: f["trajectory"][1]["weights"].pop("Github"), "weights of step 1 does not have its domains"),
         (lambda f: f["trajectory"][1]["delta"].update(Github=float("nan")), "delta of step 1 is nan for domain 'Github'"),
         (lambda f: f["trajectory"][1].update(gram=[[1.0]]), "gram of step 1"),
+        (lambda f: f["trajectory"][1].update(gram_info=[1]), "gram_info of step 1 is not an object"),
+        (lambda f: f["trajectory"][1].update(gram_info={"ridge": -1}), "gram_info of step 1 has the ridge -1"),
+        (lambda f: f["trajectory"][1].update(gram_info={"ridge": "x"}), "gram_info of step 1 has the ridge 'x'"),
+        (lambda f: f["trajectory"][1].update(gram_info={"drift": {"a": 1}}), "a drift that does not have its domains"),
+        (
+            lambda f: f["trajectory"][1].update(gram_info={"drift": dict.fromkeys(NAMES, float("inf"))}),
+            "the drift inf for domain 'Github'",
+        ),
         (lambda f: f.pop("total_steps"), "total_steps is None"),
         (lambda f: f.update(total_steps=0), "total_steps is 0"),
     ],
@@ -161,7 +227,12 @@ def test_damaged_trajectories_are_named(run, change, message):
 
 def test_rules_of_altered_files(run):
     file = json.loads(run.read_text())
-    for change, message in [({"tau": "x"}, "tau must be"), ({"prior": [1.0]}, "prior"), ({"rule": "x"}, "unknown rule 'x'")]:
+    for change, message in [
+        ({"tau": "x"}, "tau must be"),
+        ({"prior": [1.0]}, "prior"),
+        ({"rule": "x"}, "unknown rule 'x'"),
+        ({"radius": 0}, "radius"),
+    ]:
         run.write_text(json.dumps({**file, **change}))
         with pytest.raises((InputError, CorruptError), match=message):
             recompute(run)

@@ -14,12 +14,13 @@ with random signs s, masks r, and tile permutations (a, b) that Philox4x32-10 ma
 
 So one call gives 128 signs, those of four neighbouring lanes in all 32 rows of a tile: a thread that owns these lanes shares
 nothing, and a vector of lanes takes its signs by one shift. Signs of different chunks are independent, and entries of one chunk
-never meet, so E <fold(x), fold(y)> = <x, y>, with a variance of at most V0 / k, V0 = |x|^2 |y|^2 + <x, y>^2 - 2 sum x^2 y^2, which is
-CountSketch's. Masks and permutations spread structure (one-hot rows, periods), so that no single vector is far from that.
+never meet, so E <fold(x), fold(y)> = <x, y>, with a variance of at most V0 / k, V0 = |x|^2 |y|^2 + <x, y>^2 - 2 sum x^2 y^2,
+which is CountSketch's. Masks and permutations spread structure (one-hot rows, periods), so that no single vector is far from
+that.
 
 The terms of 32 consecutive chunks (c div 32) are summed in fp32, ascending from 0; these sums go onto the fp64 `out`, ascending.
-Every backend and instruction set keeps this order, so equal calls give equal bits everywhere; and where these sums are exact (integers
-up to 2^19, for one) the bits do not depend on how a vector was cut into calls either.
+Every backend and instruction set keeps this order, so equal calls give equal bits everywhere; and where these sums are exact
+(integers up to 2^19, for one) the bits do not depend on how a vector was cut into calls either.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def fold(
         backend: "auto", "torch", "cpp", "triton" or "cuda".
 
     Returns:
-        fp64 [1 + len(dots)] on g's device: |g * scale|^2, then <g, dots[i]>; exact but for the rounding of fp64 sums. NaN and infinities
-        come through, to it and to the sketch.
+        fp64 [1 + len(dots)] on g's device: |g * scale|^2, then <g, dots[i]>; exact but for the rounding of fp64 sums. NaN and
+        infinities come through, to it and to the sketch.
 
     Raises:
         InputError: a shape, dtype, device, k, offset or seed that is wrong, or a backend that cannot run here.
