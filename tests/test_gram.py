@@ -361,6 +361,8 @@ def test_save_and_load(scorer, tmp_path):
     np.testing.assert_array_equal(back.gram, got.gram)
     assert back.summary() == got.summary() and back.extra == got.extra and back.domains == got.domains
     np.testing.assert_allclose(back.jackknife(lambda g: g).se, got.jackknife(lambda g: g).se)
+    with pytest.raises(InputError, match="pass evalset="):
+        gram.fidelity(scorer, torch.optim.SGD(scorer.module.parameters(), lr=1.0), back)
     raw = path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])
     with pytest.raises(CorruptError, match=r"gram\.npz"):

@@ -316,7 +316,7 @@ def test_fidelity_prefers_the_preconditioned_matrix(trained):
     assert of_adam.cosine.mean() > 0.9 and of_adam.cosine.mean() > of_plain.cosine.mean()
     assert of_adam.measured.shape == (4, 3) and "cosine" in str(of_adam)
     sgd = torch.optim.SGD(scorer.module.parameters(), lr=1e-4)
-    of_sgd = gram.fidelity(scorer, sgd, plain, evalset)
+    of_sgd = gram.fidelity(scorer, sgd, plain)
     assert of_sgd.cosine.min() > 0.999 and of_sgd.cosine_centred.min() > 0.99
     np.testing.assert_allclose(of_sgd.scale, 1e-4, rtol=0.05)
     chosen = gram.fidelity(scorer, sgd, plain, evalset, weights=[{"code": 1.0, "words": 0.0, "numbers": 3.0}])

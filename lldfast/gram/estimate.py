@@ -171,6 +171,7 @@ def estimate(
         group_tokens=group_tokens,
         seconds=time.perf_counter() - began,
         extra=extra,
+        evalset=evalset,
     )
 
 

@@ -52,7 +52,7 @@ def fidelity(
     model: Scorer,
     optimizer: torch.optim.Optimizer,
     gram: GramEstimate,
-    evalset: EvalSet,
+    evalset: EvalSet | None = None,
     *,
     weights: Sequence[Values] | None = None,
     lr: float | None = None,
@@ -67,6 +67,7 @@ def fidelity(
 
     Args:
         gram: of this model and these texts (`debias=False` gives the matrix of these very texts), with or without `precondition`.
+        evalset: by default the texts that `gram` was estimated on.
         weights: S mixtures, mappings or arrays in the order of gram's domains. By default the uniform one and each domain alone,
             at most eight.
         lr: learning rate of every parameter group for these steps; None: the optimiser's own. Small ones measure eq. (4), large
@@ -75,6 +76,9 @@ def fidelity(
     Raises:
         InputError: other domains than gram's, a parameter that the optimiser lacks, all learning rates 0, or an unknown weight.
     """
+    evalset = gram.evalset if evalset is None else evalset
+    if evalset is None:
+        raise InputError("a Gram matrix from a file does not hold its texts: pass evalset=")
     if set(evalset.domains) != set(gram.domains):
         raise InputError(f"the texts have the domains {evalset.domains}, the Gram matrix {gram.domains}")
     if lr is not None and not lr > 0:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lldfast.data.evalset import EvalSet
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path
 from lldfast.gram import stats
@@ -38,7 +39,7 @@ class GramEstimate:
             without `precondition`.
         products, group_domain, group_tokens: inner products of the groups' gradient sums [M, M], their domains and tokens [M]:
             what error bars are made of. Sketched off the diagonal.
-        seconds: wall time. extra: n_params, layout, seed, groups, step size of the optimiser and the like.
+        evalset: the texts it was estimated on; not in the file. seconds: wall time. extra: n_params, layout, seed, groups, step size of the optimiser and the like.
     """
 
     domains: list[str]
@@ -57,6 +58,7 @@ class GramEstimate:
     group_tokens: Array
     seconds: float
     extra: dict[str, Any] = field(default_factory=dict)
+    evalset: EvalSet | None = field(default=None, repr=False, compare=False)
 
     def matrix(self, domains: Sequence[str]) -> Array:
         """G with rows and columns in the order of `domains`.
@@ -167,7 +169,7 @@ class GramEstimate:
         Raises:
             WriteError: the file cannot be written.
         """
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "evalset"}
         arrays = {name: fields.pop(name) for name in _ARRAYS}
         header = {"format": FORMAT, "version": 1, "units": "(nats per token)^2 per unit of parameter^2", **fields}
         try:
