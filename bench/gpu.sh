@@ -65,6 +65,7 @@ assert not missing, missing
 '
 step test_logprob 60 "${tests[@]}" tests/test_logprob.py
 step test_linear_logprob 60 "${tests[@]}" tests/test_linear_logprob.py -k cuda
+step test_sketch 60 "${tests[@]}" tests/test_sketch.py -k cuda
 step test_kernels 90 "${tests[@]}" tests/kernels
 
 sweep nanogpt_forward 80 bench_linear_logprob.py --tokens 65536 --width 768 --vocab 50304 --dtypes bf16
@@ -72,6 +73,7 @@ sweep gemma_forward 100 bench_linear_logprob.py --tokens 32768 --width 2048 --vo
 sweep nanogpt_train 80 bench_linear_logprob.py --mode train --tokens 16384 --width 768 --vocab 50304
 sweep given_forward 80 bench_logprob.py --tokens 65536 --vocab 50304 50257 --dtypes bf16
 sweep given_train 60 bench_logprob.py --mode train --tokens 16384 --vocab 50304 50257 --dtypes bf16
+sweep sketch 60 bench_sketch.py
 
 cat "$tables"
 echo "results in $out after $SECONDS s"

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/logprob.h"
+#include "cuda/sketch.h"
 
 namespace py = pybind11;
 
@@ -132,6 +133,22 @@ void logprob_bwd(uintptr_t logits, const std::string& dtype, int64_t row_stride,
   check(lldfast::logprob_backward(in, grad, stream_at(stream)), "logprob_bwd");
 }
 
+size_t sketch_workspace_bytes(int64_t n, int64_t offset, int64_t k, int dots) {
+  const float any = 0;  // asked for its address only: whether there are tensors to multiply with
+  return lldfast::sketch_workspace_bytes(
+      {nullptr, Dtype::kFloat32, n, offset, 0, nullptr, {dots > 0 ? &any : nullptr, dots > 1 ? &any : nullptr}}, k);
+}
+
+void sketch_fold(uintptr_t x, const std::string& dtype, int64_t n, int64_t offset, uint64_t seed, uintptr_t scale,
+                 uintptr_t first, uintptr_t second, uintptr_t sketch, int64_t k, uintptr_t sums, uintptr_t workspace,
+                 uintptr_t stream) {
+  const lldfast::SketchInput in{
+      at<void>(x), dtype_of(dtype), n, offset, seed, at<float>(scale), {at<float>(first), at<float>(second)}};
+  const OnDeviceOf device(at<void>(sketch));
+  check(lldfast::sketch_fold(in, at<double>(sketch), k, at<double>(sums), at<void>(workspace), stream_at(stream)),
+        "sketch_fold");
+}
+
 void define_kernels(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("logprob_workspace_bytes", &lldfast::logprob_workspace_bytes, py::arg("tokens"), py::arg("vocab"),
@@ -146,6 +163,12 @@ void define_kernels(py::module_& m) {
         py::arg("logit_scale"), py::arg("lse"), py::arg("g"), py::arg("h"), py::arg("d_logits"),
         py::arg("d_row_stride"), py::arg("d_columns"), py::arg("d_bias"), py::arg("stream"), without_gil,
         "Gradient of sum(g logprob + h lse); d_logits may be the logits (csrc/cuda/logprob.h).");
+  m.def("sketch_workspace_bytes", &sketch_workspace_bytes, py::arg("n"), py::arg("offset"), py::arg("k"),
+        py::arg("dots"), "Bytes of device memory that sketch_fold needs as workspace for so many inner products.");
+  m.def("sketch_fold", &sketch_fold, py::arg("x"), py::arg("dtype"), py::arg("n"), py::arg("offset"), py::arg("seed"),
+        py::arg("scale"), py::arg("first"), py::arg("second"), py::arg("sketch"), py::arg("k"), py::arg("sums"),
+        py::arg("workspace"), py::arg("stream"), without_gil,
+        "The signed XOR-fold of x onto sketch, and its sums (csrc/cuda/sketch.h).");
 }
 #endif
 

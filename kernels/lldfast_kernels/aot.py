@@ -19,13 +19,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lldfast_kernels import common, linear_logprob, logprob, tuning
+from lldfast_kernels import common, linear_logprob, logprob, sketch, tuning
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POINTERS = {
     "bias_ptr": "*fp32", "label_ptr": "*i64", "best_ptr": "*i32", "argmax_ptr": "*i64", "softcap": "fp32", "scale": "fp32",
+    "sketch_ptr": "*fp64", "sums_ptr": "*fp64", "total_ptr": "*fp64", "n": "i64", "offset": "i64",
 }  # fmt: skip
-_INTEGERS = {"T", "V", "D", "G", "vocab", "splits", "split", "parts", "lead", "lead_x", "lead_o", "row_tiles"}
+_INTEGERS = {
+    "T", "V", "D", "G", "k", "width", "vocab", "splits", "split", "parts", "lead", "lead_x", "lead_o", "row_tiles", "first_block",
+    "first_tile", "tiles", "blocks", "programs", "sums_at", "sums_stride", "seed_lo", "seed_hi", "count",
+}  # fmt: skip
 
 
 class Spec(NamedTuple):
@@ -46,7 +50,7 @@ class Spec(NamedTuple):
             elif arg.endswith("_desc"):
                 rows = self.constexprs["BLOCK_T" if arg == "h_desc" else "BLOCK_V"]
                 signature[arg] = f"tensordesc<{self.dtype}[{rows}, {self.constexprs['BLOCK_D']}]>"
-            elif arg in ("x_ptr", "h_ptr", "w_ptr") or (arg == "out_ptr" and "g_ptr" in self.kernel.arg_names):
+            elif arg in ("x_ptr", "h_ptr", "w_ptr", "a_ptr", "b_ptr") or (arg == "out_ptr" and "g_ptr" in self.kernel.arg_names):
                 signature[arg] = f"*{self.dtype}"
             elif arg.startswith("stride_") or arg in _INTEGERS:
                 signature[arg] = "i32"
@@ -82,9 +86,37 @@ def specs(capability: int) -> list[Spec]:
         tiles = {tuning.tile("linear_logprob", device, dtype, width): width for width in (2048, 768)}
         for shape, width in tiles.items():
             found += _linear(name, shape, width, capability)
+        found += _sketch(name)
     combine = {"ARGMAX": True, "ENTROPY": True, "BLOCK_T": 128}
     found.append(Spec("logprob_combine", common.logprob_combine_kernel, "fp32", combine))
     found.append(Spec("column_sum", common.column_sum_kernel, "fp32", {"ADD": True, "BLOCK_V": 1024}))
+    second = {"WIDTH": tuning.SKETCH_COMBINE_WIDTH, "AHEAD": tuning.SKETCH_COMBINE_AHEAD}
+    found.append(Spec("sketch_combine", sketch.sketch_combine_kernel, "fp32", second, (), {"num_warps": 1}))
+    found.append(Spec("sketch_sum", sketch.sketch_sum_kernel, "fp32", {"WIDTH": 256}, (), {"num_warps": 4}))
+    return found
+
+
+def _sketch(name: str) -> list[Spec]:
+    """Tiles of 4096, as for every k from there on; "alone" is one block, "full" a small tensor with all that can be asked for."""
+    fold, outer = sketch.sketch_fold_kernel, sketch.sketch_outer_kernel
+    warps, outer_warps = {"num_warps": tuning.SKETCH_WARPS}, {"num_warps": tuning.SKETCH_OUTER_WARPS}
+    shape = {"ROWS": sketch.TILE // sketch.LANES, "LANES": sketch.LANES}
+    plain: dict[str, Any] = shape | {"HAS_SCALE": False, "SOURCE": False, "PARTIAL": True, "scale_ptr": None}
+    alone = plain | {"PARTIAL": False}
+    full: dict[str, Any] = shape | {"HAS_SCALE": True, "SOURCE": True, "PARTIAL": False}
+    no_dots = {"DOTS": 0, "dot0_ptr": None, "dot1_ptr": None}
+    found = [
+        Spec(f"sketch_fold {name}", fold, name, plain | no_dots, (), warps),
+        Spec(f"sketch_fold {name} full", fold, name, full | {"DOTS": 2}, (), warps),
+        Spec(f"sketch_outer {name}", outer, name, plain, (), outer_warps),
+        Spec(f"sketch_outer {name} full", outer, name, full, (), outer_warps),
+    ]
+    if name == "fp32":
+        found += [
+            Spec(f"sketch_fold {name} alone", fold, name, alone | no_dots, (), warps),
+            Spec(f"sketch_fold {name} k=8", fold, name, plain | no_dots | {"ROWS": 1, "LANES": 8}, (), {"num_warps": 1}),
+            Spec(f"sketch_outer {name} alone", outer, name, alone, (), outer_warps),
+        ]
     return found
 
 

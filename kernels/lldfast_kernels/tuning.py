@@ -37,6 +37,14 @@ GROUP_T = 32
 # Rows whose bias gradient one program adds up before the second stage.
 BIAS_ROWS = 256
 
+# Of the sketch's tile of 32 x 128 sums each of 4 warps has a lane in all rows, so one Philox call for 32 signs; of the 8 that
+# `sketch_outer` has, half the rows, which leaves registers for two addresses an entry.
+SKETCH_WARPS, SKETCH_OUTER_WARPS = 4, 8
+# Partial sums between the two passes: a thousand programs, and little enough to stay in the L2 cache of a large GPU.
+SKETCH_PARTIAL_BYTES = 32 << 20
+# The second pass adds in order, so a small sketch keeps few threads busy: narrow programs, and loads far ahead.
+SKETCH_COMBINE_WIDTH, SKETCH_COMBINE_AHEAD = 32, 16
+
 _NARROW, _WIDE, _ANY = "d<=1024", "d>1024", "any"
 
 # The given-logits kernels have one row per program, so BLOCK_T and BLOCK_D do not count. BLOCK_V is 16 bytes a thread. The

@@ -24,7 +24,8 @@ def _import_interpreted() -> str:
             interpreter = importlib.import_module("triton.runtime.interpreter")
             if before and not isinstance(language.cdiv, interpreter.InterpretedFunction):
                 return NOT_INTERPRETED
-            importlib.import_module("lldfast_kernels.linear_logprob")
+            for kernels in ("linear_logprob", "sketch"):
+                importlib.import_module(f"lldfast_kernels.{kernels}")
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
     _accept_numpy_2_4(interpreter)

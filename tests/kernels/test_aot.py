@@ -39,6 +39,8 @@ PATTERNS = {
     "mma": r"mma\.sync",
     "tcgen05": r"tcgen05\.mma",
     "setmaxnreg": r"setmaxnreg",
+    "high products": r"mul\.hi\.u32",
+    "barriers": r"bar\.sync",
 }
 PROGRAM = """
 import json, re, sys
@@ -119,3 +121,26 @@ def test_hopper_warps_are_specialized_on_request():
     """Triton drops the request without a word where it cannot follow."""
     for name, info in select(90, "specialized").items():
         assert info["setmaxnreg"] > 0, (name, info)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_thread_makes_its_signs_by_one_philox_call(capability):
+    """A call has 20 products, some of them known. One call for the permutation, one for the mask, one for the signs of all rows,
+    and one where the bucket is sought from the source: a thread with lanes that are no neighbours would make more."""
+    for name, info in select(capability, "sketch_fold").items():
+        calls = 4 if "full" in name else 3
+        assert 0 < info["high products"] <= 20 * calls, (name, info)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_threads_of_the_fold_share_nothing_but_the_sum_at_its_end(capability):
+    """A thread has all rows of a lane, so that neither the tile nor its squares go through shared memory."""
+    for name, info in select(capability, "sketch_fold").items():
+        if "full" not in name:
+            assert info["barriers"] <= 2 and info["shared"] <= 64, (name, info)
+
+
+def test_four_folds_share_a_hopper_multiprocessor():
+    for name, info in select(90, "sketch_fold").items():
+        if "full" not in name:
+            assert info["registers"] <= 128, (name, info)
