@@ -1,5 +1,6 @@
-// fold() of sketch.h. The work is cut by tiles of the sketch: a few rows of sums stay in the first cache while the vector streams past,
-// read once in pieces of these rows, four chunks at a time. So the time does not depend on k, and no two threads write the same place.
+// fold() of sketch.h. The work is cut by tiles of the sketch: a tile's sums stay in the first cache while its tiles of
+// the vector, one of every chunk, are read from end to end. So the time does not depend on k, and no two threads write
+// the same place.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -9,132 +10,186 @@
 namespace lldfast {
 namespace {
 
-constexpr int kTogether = 4;  // chunks read at a time
+// fp64 <x, y>
+inline double inner(const float* x, const float* y, int n) {
+  D sums[2] = {D{}, D{}};
+  int i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    D low, high, other_low, other_high;
+    widen(load(x + i), &low, &high);
+    widen(load(y + i), &other_low, &other_high);
+    sums[0] += low * other_low;
+    sums[1] += high * other_high;
+  }
+  double sum = horizontal(sums[0] + sums[1]);
+  for (; i < n; ++i) sum += static_cast<double>(x[i]) * y[i];
+  return sum;
+}
+
+// |g scale|^2 and inner products.
+struct Sums {
+  D squares;
+  double dots[kSketchDots];
+};
 
 template <typename T>
 struct FoldTask {
+  static constexpr int kRows = sizeof(T) == 2 ? 4 : 8;  // added at a time: what measured best
   const SketchArgs& args;
   const SketchShape shape;
-  const int64_t first_tile, last_tile, first_chunk, chunks;
+  const int64_t first_tile, last_tile, first_chunk, last_chunk;
   const int parts;          // a tile's rows are split over so many items, where there are fewer tiles than threads
-  const TileOrder* orders;  // [chunks]
-  Sums* sums;               // by tile and group of kRows rows
+  const int group;          // rows added at a time
+  const TileOrder* orders;  // of the chunks; null where they have one tile each
+  const int64_t all_items;
+  Sums* sums;  // of the items
   Counter items;
 
-  struct Block {
-    TilePlan plans[kBlock];
-    XorLoad<T> loads[kBlock];
-    int64_t sources[kBlock];  // flat tiles
-    int n;
+  // A tile of g on its way to a tile of the sketch, or to an item's part of it.
+  struct Visit {
+    int64_t item, bucket_tile, chunk, source;
+    int mask;
   };
+
+  // The visits of one thread, in order.
+  class Visits {
+   public:
+    explicit Visits(FoldTask* task) : task_(*task) { start_item(); }
+    bool next(Visit* visit) {
+      for (; item_ < task_.all_items; start_item()) {
+        while (tile_ >= 0 && chunk_ <= task_.last_chunk) {
+          const int64_t chunk = chunk_++, source = task_.source_tile(chunk, tile_);
+          if (!task_.is_touched(source)) continue;
+          *visit = {item_, tile_, chunk, source, TilePlan::mask_of(chunk, tile_, task_.shape, task_.args.seed)};
+          return true;
+        }
+      }
+      return false;
+    }
+
+   private:
+    void start_item() {
+      item_ = task_.items.next();
+      tile_ = item_ < task_.all_items ? task_.bucket_tile(item_) : -1;
+      chunk_ = task_.first_chunk;
+    }
+    FoldTask& task_;
+    int64_t item_, tile_, chunk_;
+  };
+
+  int64_t source_tile(int64_t chunk, int64_t bucket_tile) const {
+    return orders == nullptr ? chunk
+                             : chunk * shape.tiles + orders[chunk - first_chunk].source(bucket_tile, shape.tiles);
+  }
+  bool is_touched(int64_t source) const { return source >= first_tile && source <= last_tile; }
+
+  // The tile that an item adds to. Where g touches fewer tiles than the sketch has, the items are those of g, in two
+  // chunks at most; -1 for one whose bucket tile has an item already.
+  int64_t bucket_tile(int64_t item) const {
+    if (all_items == shape.tiles * parts) return item / parts;
+    const int64_t source = first_tile + item / parts, chunk = source / shape.tiles;
+    const int64_t tile = orders[chunk - first_chunk].target(source % shape.tiles, shape.tiles);
+    return chunk > first_chunk && is_touched(source_tile(first_chunk, tile)) ? -1 : tile;
+  }
 
   static void work(void* self, int) {
     FoldTask& task = *static_cast<FoldTask*>(self);
     const PlainFloats plain;
-    const Buffer scratch(sizeof(Block));
-    for (int64_t item = task.items.next(); item < task.shape.tiles * task.parts; item = task.items.next()) {
-      task.bucket_tile(item / task.parts, static_cast<int>(item % task.parts), *reinterpret_cast<Block*>(scratch.bytes()));
-    }
+    task.add_visits();
   }
 
-  static int groups(const SketchShape& shape) { return shape.rows > kRows ? shape.rows / kRows : 1; }
-
-  void bucket_tile(int64_t tile, int part, Block& block) {
-    const int rows = shape.rows / parts, step = rows < kRows ? rows : kRows;
-    const int64_t last_chunk = first_chunk + chunks - 1;
-    for (int row = part * rows; row < (part + 1) * rows; row += step) *group_sums(tile, row) = {0.0, {0.0, 0.0}};
-    for (int64_t b = first_chunk / kBlock; b <= last_chunk / kBlock; ++b) {
-      block.n = 0;
-      for (int64_t chunk = b * kBlock; chunk < (b + 1) * kBlock; ++chunk) {
-        if (chunk < first_chunk || chunk > last_chunk) continue;
-        const int64_t source = chunk * shape.tiles + orders[chunk - first_chunk].source(tile, shape.tiles);
-        if (source < first_tile || source > last_tile) continue;
-        block.plans[block.n].make(chunk, tile, shape, args.seed);
-        block.loads[block.n].set(block.plans[block.n].mask);
-        block.sources[block.n++] = source;
-      }
-      if (block.n == 0) continue;
-      for (int row = part * rows; row < (part + 1) * rows; row += step) {
-        alignas(64) float acc[kRows * kLanes];
-        const int places = step * shape.lanes;
-        std::memset(acc, 0, static_cast<size_t>(places) * sizeof(float));
-        add_block(acc, block, row, step, group_sums(tile, row));
-        double* out = args.out + tile * shape.size + row * shape.lanes;
-        for (int i = 0; i < places; ++i) out[i] += acc[i];
+  // kStreams visits, while the next ones are fetched.
+  void add_visits() {
+    alignas(64) float acc[kTile];
+    TilePlan plan;
+    Visits visits(this);
+    Visit now[kStreams], next[kStreams], last = {-1, -1, -1, -1, 0};
+    int n = 0;
+    while (n < kStreams && visits.next(&next[n])) ++n;
+    while (n > 0) {
+      const int count = n;
+      for (int i = 0; i < count; ++i) now[i] = next[i];
+      for (n = 0; n < kStreams && visits.next(&next[n]);) ++n;
+      Ahead ahead = {};
+      for (int i = 0; i < kStreams; ++i) ahead.streams[i] = stream(n > 0 ? next[i % n] : now[0]);
+      for (int i = 0; i < count; ++i) {
+        if (now[i].item != last.item || now[i].chunk / kBlock != last.chunk / kBlock) {
+          add_to_sketch(acc, last);
+          std::memset(acc, 0, static_cast<size_t>(shape.size / parts) * sizeof(float));
+        }
+        last = now[i];
+        plan.make(last.chunk, last.bucket_tile, last.mask, shape, args.seed);
+        add_part(acc, plan, last, &ahead);
       }
     }
+    add_to_sketch(acc, last);
   }
 
-  Sums* group_sums(int64_t tile, int row) const { return sums + tile * groups(shape) + row / kRows; }
+  void add_to_sketch(const float* acc, const Visit& last) {
+    if (last.item < 0) return;
+    const int places = shape.size / parts;
+    double* out = args.out + last.bucket_tile * shape.size + last.item % parts * places;
+    for (int i = 0; i < places; ++i) out[i] += acc[i];
+  }
 
-  // Chunk by chunk in their order; four at a time where they are whole.
-  void add_block(float* acc, const Block& block, int row, int count, Sums* result) {
+  // Where in g the rows begin that a visit adds.
+  int64_t begin_of(const Visit& visit) const {
+    const int rows = shape.rows / parts, part = static_cast<int>(visit.item % parts);
+    const int first = (part * rows) ^ (visit.mask / kLanes & ~(rows - 1));
+    return visit.source * shape.size - args.offset + first * shape.lanes;
+  }
+  const T* address(int64_t place) const { return static_cast<const T*>(args.g) + place; }
+  const char* stream(const Visit& visit) const {
+    const int64_t begin = begin_of(visit);
+    return reinterpret_cast<const char*>(address(begin < 0 ? 0 : begin));
+  }
+
+  // In the order of g.
+  void add_part(float* acc, const TilePlan& plan, const Visit& visit, Ahead* ahead) {
     const bool extras = args.scale != nullptr || args.dots[0] != nullptr || args.dots[1] != nullptr;
-    const bool vectors = !extras && shape.rows >= kRows;
-    for (int i = 0; i < block.n;) {
-      int whole = 0;
-      while (vectors && whole < kTogether && i + whole < block.n && is_whole(block.sources[i + whole])) ++whole;
-      if (whole == kTogether) {
-        add_whole<kTogether>(acc, block, i, row, result);
-        i += kTogether;
-      } else if (whole > 0) {
-        add_whole<1>(acc, block, i++, row, result);
-      } else {
-        add_padded(acc, block.plans[i], block.sources[i], row, count, vectors, result);
-        ++i;
+    const int rows = shape.rows / parts, first = static_cast<int>(visit.item % parts) * rows;
+    const int mask = plan.mask / kLanes & (rows - 1) & ~(group - 1);
+    Sums* result = &sums[visit.item];
+    XorLoad<T> xor_load;
+    xor_load.set(plan.mask);
+    int64_t place = begin_of(visit);
+    for (int i = 0; i < rows; i += group, place += group * shape.lanes) {
+      const int row = i ^ mask;
+      float* sum = acc + row * shape.lanes;
+      if (group == kRows && !extras && place >= 0 && place + kRows * kLanes <= args.n) {
+        add_rows<kRows>(sum, address(place), plan, xor_load, first + row, ahead, &result->squares);
+      } else if (place < args.n && place + group * shape.lanes > 0) {
+        add_staged(sum, plan, place, first + row, result);
       }
     }
   }
 
-  int64_t start_of(int64_t source) const { return source * shape.size - args.offset; }  // in g
-  bool is_whole(int64_t source) const {
-    return start_of(source) >= 0 && start_of(source) + shape.size <= args.n;
-  }
-
-  template <int N>
-  void add_whole(float* acc, const Block& block, int i, int row, Sums* result) {
-    const T *g[N], *next[N];
-    const TilePlan* plans[N];
-    const XorLoad<T>* loads[N];
-    for (int c = 0; c < N; ++c) {
-      g[c] = static_cast<const T*>(args.g) + start_of(block.sources[i + c]);
-      plans[c] = &block.plans[i + c];
-      loads[c] = &block.loads[i + c];
-      // behind the last chunk the first one's next rows follow
-      const int after = i + N + c < block.n ? i + N + c : c, next_row = i + N + c < block.n ? row : row + kRows;
-      const int source_row = (next_row ^ (block.plans[after].mask / kLanes)) & ~(kRows - 1);
-      next[c] = static_cast<const T*>(args.g) + start_of(block.sources[after]) + source_row * kLanes;
-    }
-    add_rows<N>(acc, g, plans, loads, row, next, result);
-  }
-
-  // A tile that g covers in part, or that needs more than its sum: as fp32 with zeros around.
-  void add_padded(float* acc, const TilePlan& plan, int64_t source, int row, int count, bool vectors, Sums* result) {
-    alignas(64) float g[kTile], others[1 + kSketchDots][kTile];
-    const int64_t start = start_of(source), from = start < 0 ? -start : 0;
-    const int64_t until = args.n - start < shape.size ? args.n - start : shape.size;
-    TileExtras at = {nullptr, {nullptr, nullptr}};
-    const float* x = read_padded(g, static_cast<const T*>(args.g) + start, from, until);
-    if (vectors) {
-      const TilePlan* plans[1] = {&plan};
-      XorLoad<float> load;
-      load.set(plan.mask);
-      const XorLoad<float>* loads[1] = {&load};
-      return add_rows<1>(acc, &x, plans, loads, row, &x, result);
-    }
-    if (args.scale != nullptr) at.scale = read_padded(others[0], args.scale + start, from, until);
+  // Rows that g covers in part, or that need more than their sum: as fp32 with zeros around.
+  void add_staged(float* acc, const TilePlan& plan, int64_t place, int row, Sums* result) {
+    alignas(64) float x[kRows * kLanes];
+    const int size = group * shape.lanes;
+    const int begin = place < 0 ? static_cast<int>(-place) : 0;
+    const int end = args.n - place < size ? static_cast<int>(args.n - place) : size;
+    if (end - begin < size) std::memset(x, 0, sizeof x);
+    const T* g = address(place + begin);
+    for (int i = begin; i < end; ++i) x[i] = as_float(g[i - begin]);
     for (int d = 0; d < kSketchDots; ++d) {
-      if (args.dots[d] != nullptr) at.dots[d] = read_padded(others[1 + d], args.dots[d] + start, from, until);
+      if (args.dots[d] != nullptr) result->dots[d] += inner(x + begin, args.dots[d] + place + begin, end - begin);
     }
-    add_places(acc, x, plan, row, count, shape, at, result);
+    if (args.scale != nullptr) {
+      for (int i = begin; i < end; ++i) x[i] *= args.scale[place + i];
+    }
+    XorLoad<float> xor_load;
+    xor_load.set(plan.mask);
+    if (group == kRows) {
+      add_rows<kRows>(acc, x, plan, xor_load, row, nullptr, &result->squares);
+    } else if (shape.lanes == kLanes) {
+      add_rows<1>(acc, x, plan, xor_load, row, nullptr, &result->squares);
+    } else {
+      add_places(acc, x, plan, shape, &result->squares);
+    }
   }
 
-  template <typename S>
-  const float* read_padded(float* to, const S* from, int64_t begin, int64_t end) const {
-    std::memset(to, 0, static_cast<size_t>(shape.size) * sizeof(float));
-    for (int64_t i = begin; i < end; ++i) to[i] = as_float(from[i]);
-    return to;
-  }
   static float as_float(float x) { return x; }
   static float as_float(Bf16 x) { return from_bf16(x.bits); }
   static float as_float(F16 x) { return from_f16(x.bits); }
@@ -143,25 +198,32 @@ struct FoldTask {
 template <typename T>
 void fold_as(const SketchArgs& args) {
   const SketchShape shape(args.k);
+  const int group = shape.rows < FoldTask<T>::kRows ? 1 : FoldTask<T>::kRows;
   const int64_t first_tile = args.offset / shape.size, last_tile = (args.offset + args.n - 1) / shape.size;
-  const int64_t first_chunk = first_tile / shape.tiles, chunks = last_tile / shape.tiles - first_chunk + 1;
-  const int groups = FoldTask<T>::groups(shape);
+  const int64_t first_chunk = first_tile / shape.tiles, last_chunk = last_tile / shape.tiles;
+  const int64_t tiles = last_tile - first_tile + 1 < shape.tiles ? last_tile - first_tile + 1 : shape.tiles;
   int parts = 1;
-  while (shape.tiles * parts < args.threads && 2 * parts <= groups) parts *= 2;
+  while (tiles * parts < args.threads && 2 * parts * group <= shape.rows) parts *= 2;
+  const int64_t chunks = shape.tiles > 1 ? last_chunk - first_chunk + 1 : 0;
   const Buffer orders(static_cast<size_t>(chunks) * sizeof(TileOrder));
-  TileOrder* order = reinterpret_cast<TileOrder*>(orders.bytes());
+  TileOrder* order = chunks > 0 ? reinterpret_cast<TileOrder*>(orders.bytes()) : nullptr;
   for (int64_t i = 0; i < chunks; ++i) order[i] = TileOrder(first_chunk + i, args.seed);
-  const Buffer buffer(static_cast<size_t>(shape.tiles * groups) * sizeof(Sums));
+  const Buffer buffer(static_cast<size_t>(tiles * parts) * sizeof(Sums));
   Sums* sums = reinterpret_cast<Sums*>(buffer.bytes());
-  FoldTask<T> task{args, shape, first_tile, last_tile, first_chunk, chunks, parts, order, sums, {}};
-  run_team(args.threads, FoldTask<T>::work, &task);
-  for (int i = 0; i <= kSketchDots; ++i) args.sums[i] = 0.0;
-  for (int64_t i = 0; i < shape.tiles * groups; ++i) {
-    args.sums[0] += sums[i].square;
-    for (int d = 0; d < kSketchDots; ++d) args.sums[1 + d] += sums[i].dot[d];
+  for (int64_t i = 0; i < tiles * parts; ++i) sums[i] = Sums{};
+  FoldTask<T> task{args,  shape, first_tile, last_tile,     first_chunk, last_chunk,
+                   parts, group, order,      tiles * parts, sums,        {}};
+  run_team(tiles * parts < args.threads ? static_cast<int>(tiles * parts) : args.threads, FoldTask<T>::work, &task);
+  Sums all = {};
+  for (int64_t i = 0; i < tiles * parts; ++i) {
+    all.squares += sums[i].squares;
+    for (int d = 0; d < kSketchDots; ++d) all.dots[d] += sums[i].dots[d];
   }
+  args.sums[0] = horizontal(all.squares);
+  for (int d = 0; d < kSketchDots; ++d) args.sums[1 + d] = all.dots[d];
   // Squares in fp32 that overflowed, or may have vanished.
   if (!(args.sums[0] > 1e-20 && args.sums[0] < kInf)) {
+    const PlainFloats plain;
     args.sums[0] = 0.0;
     for (int64_t i = 0; i < args.n; ++i) {
       float x = FoldTask<T>::as_float(static_cast<const T*>(args.g)[i]);

@@ -12,12 +12,13 @@ namespace {
 
 typedef double D __attribute__((vector_size(LLDFAST_VEC_BYTES)));
 
-constexpr int kRows = 4;      // rows of sums at a time: the sources' pieces of now and next fit the first cache
-constexpr int kTile = 4096;   // places of a tile, fewer where k is smaller
-constexpr int kLanes = 128;   // places of a row, whose signs are bits of 128 words
+constexpr int kTile = 4096;  // places of a tile, fewer where k is smaller
+constexpr int kLanes = 128;  // places of a row, whose signs are bits of 128 words
+constexpr int kStreams = 4;  // tiles fetched at a time, while as many are added
 constexpr int kBlock = 32;   // chunks summed in fp32 before their sum goes to the fp64 sketch
 
-// Subnormal numbers count as what they are in every thread, whatever the caller's mode (torch.set_flush_denormal is per thread).
+// Subnormal numbers count as what they are in every thread, whatever the caller's mode (torch.set_flush_denormal is per
+// thread).
 class PlainFloats {
  public:
 #if defined(__SSE2__)
@@ -66,10 +67,19 @@ struct TilePlan {
   alignas(64) uint32_t words[kLanes + 16];
   int mask;
 
+  static int mask_of(int64_t chunk, int64_t bucket_tile, const SketchShape& shape, uint64_t seed) {
+    const uint64_t c = static_cast<uint64_t>(chunk);
+    const uint32_t tile = static_cast<uint32_t>(bucket_tile);
+    const Words of_tile = philox(tile, 1, static_cast<uint32_t>(c), static_cast<uint32_t>(c >> 32), seed);
+    return static_cast<int>(of_tile.w[0] & static_cast<uint32_t>(shape.size - 1));
+  }
   void make(int64_t chunk, int64_t bucket_tile, const SketchShape& shape, uint64_t seed) {
+    make(chunk, bucket_tile, mask_of(chunk, bucket_tile, shape, seed), shape, seed);
+  }
+  void make(int64_t chunk, int64_t bucket_tile, int mask_of_tile, const SketchShape& shape, uint64_t seed) {
     const uint32_t low = static_cast<uint32_t>(chunk), high = static_cast<uint32_t>(static_cast<uint64_t>(chunk) >> 32);
     const uint32_t tile = static_cast<uint32_t>(bucket_tile);
-    mask = static_cast<int>(philox(tile, 1, low, high, seed).w[0] & static_cast<uint32_t>(shape.size - 1));
+    mask = mask_of_tile;
     for (int q = 0; 4 * q < shape.lanes; q += kWidth) philox_vector(32 * tile + q, 0, low, high, seed, words + 4 * q);
   }
 };
@@ -91,7 +101,14 @@ struct XorLoad<float> {
   void set(int mask) {
     for (int i = 0; i < kWidth; ++i) order[i] = i ^ (mask & (kWidth - 1));
   }
-  LLDFAST_INLINE F operator()(const float* p) const { return __builtin_shuffle(load(p), order); }
+  LLDFAST_INLINE F operator()(const float* p) const {
+    F x = load(p);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // Zen 3 permutes an operand in memory in twice the time of a load and a register, so it must not become one.
+    asm("" : "+x"(x));
+#endif
+    return __builtin_shuffle(x, order);
+  }
 };
 
 // 16-bit values as the high (bf16) or the low (fp16) half of 32 bits.
@@ -147,7 +164,8 @@ struct XorLoad<F16> {
   LLDFAST_INLINE F operator()(const F16* p) const {
     const U bits = halves(p);
     const U magnitude = (bits & 0x7fff) << 13;
-    const U scaled = reinterpret_cast<U>(reinterpret_cast<F>(magnitude) * 5.192296858534828e33f);  // 2^112, see from_f16
+    const F scale = splat(5.192296858534828e33f);  // 2^112, see from_f16
+    const U scaled = reinterpret_cast<U>(reinterpret_cast<F>(magnitude) * scale);
     const U value = (bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : scaled;
     return reinterpret_cast<F>(value | (bits & 0x8000) << 16);
   }
@@ -176,74 +194,64 @@ inline double horizontal(D x) {
   return sum;
 }
 
-// Sums beside the sketch: |g scale|^2 and inner products.
-struct Sums {
-  double square, dot[2];
+// Memory that will be read soon, line by line of kStreams streams in turn. Each in order, for the caches' own
+// prefetchers to follow; several, since these start anew with every page.
+struct Ahead {
+  const char* streams[kStreams];
+  uint64_t line;  // the next one
+
+  LLDFAST_INLINE void fetch(uint64_t at) const {
+    __builtin_prefetch(streams[at % kStreams] + at / kStreams * 64, 0, 2);  // to the second cache
+  }
 };
 
-struct TileExtras {
-  const float* scale;
-  const float* dots[2];
-};
-
-// Rows [row, row + kRows) of N tiles of whole rows onto acc [kRows * kLanes], tile by tile in their order. g[i] is the source of
-// tile i, loads[i] its permutation within a vector; the kRows rows at next[i] will be read after it.
+// R rows of a tile onto acc, which holds the rows [row, row + R) of bucket places; g is where the R rows that masks
+// keep together begin in the source. R divides row. ahead may be null.
 //
-// Squares are added in fp32, 16 of a lane, before they are widened: |x|^2 comes out to about 1e-8, at a seventh of the instructions of
-// fp64. They can overflow or vanish, which fold() sees by the result.
-template <int N, typename T>
-LLDFAST_INLINE void add_rows(float* acc, const T* const* g, const TilePlan* const* plans, const XorLoad<T>* const* loads, int row,
-                             const T* const* next, Sums* sums) {
-  D low_sum = {}, high_sum = {};
-  const T* from[N][kRows];
-  for (int c = 0; c < N; ++c) {
-    for (int i = 0; i < kRows; ++i) from[c][i] = g[c] + ((row + i) ^ (plans[c]->mask / kLanes)) * kLanes;
-  }
-  const int shift = 32 - kRows - row;
+// Squares are added in fp32, as a tree, before they are widened: |x|^2 comes out to about 1e-8, at a seventh of the
+// instructions of fp64. They can overflow or vanish, which fold() sees by the result.
+template <int R, typename T>
+LLDFAST_INLINE void add_rows(float* acc, const T* g, const TilePlan& plan, const XorLoad<T>& xor_load, int row,
+                             Ahead* ahead, D* squares_sum) {
+  constexpr uint64_t kLines = R * kWidth * sizeof(T) / 64;  // read in one round
+  const T* from[R];
+  for (int i = 0; i < R; ++i) from[i] = g + (i ^ (plan.mask / kLanes & (R - 1))) * kLanes;
+  const int shift = 32 - R - row;
+  const int64_t lane_mask = plan.mask & (kLanes - 1) & ~(kWidth - 1);
+  uint64_t line = ahead != nullptr ? ahead->line : 0;
+  F total = {};
   for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
-    F sum[kRows], squares[2] = {F{}, F{}};
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) sum[i] = load(acc + i * kLanes + lane);
-#pragma GCC unroll 4
-    for (int c = 0; c < N; ++c) {
-      const int64_t place = lane ^ (plans[c]->mask & (kLanes - 1) & ~(kWidth - 1));
-      U words;
-      std::memcpy(&words, plans[c]->words + lane, sizeof words);
-      words <<= shift;  // the last row's bit is the highest
-#pragma GCC unroll 4
-      for (int i = kRows - 1; i >= 0; --i) {
-        const F x = (*loads[c])(from[c][i] + place);
-        squares[i & 1] += x * x;
-        sum[i] += reinterpret_cast<F>(reinterpret_cast<U>(x) ^ (words & 0x80000000u));
-        words += words;
-      }
-      if (lane * sizeof(T) % 64 == 0) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) __builtin_prefetch(next[c] + i * kLanes + lane);
-      }
+    U words;
+    std::memcpy(&words, plan.words + lane, sizeof words);
+    words <<= shift;  // the last row's bit is the highest
+    F squares[2] = {F{}, F{}};
+#pragma GCC unroll 8
+    for (int i = R - 1; i >= 0; --i) {
+      float* to = acc + i * kLanes + lane;
+      const F x = xor_load(from[i] + (lane ^ lane_mask));
+      squares[i & 1] += x * x;
+      store(to, load(to) + reinterpret_cast<F>(reinterpret_cast<U>(x) ^ (words & 0x80000000u)));
+      words += words;
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) store(acc + i * kLanes + lane, sum[i]);
-    D low, high;
-    widen(squares[0] + squares[1], &low, &high);
-    low_sum += low;
-    high_sum += high;
+    total += squares[0] + squares[1];
+    if (ahead != nullptr) {
+#pragma GCC unroll 8
+      for (uint64_t i = 0; i < kLines; ++i) ahead->fetch(line + i);
+      line += kLines;
+    }
   }
-  sums->square += horizontal(low_sum + high_sum);
+  if (ahead != nullptr) ahead->line = line;
+  D low, high;
+  widen(total, &low, &high);
+  *squares_sum += low + high;
 }
 
-// Rows [row, row + count) of one tile of any size in fp32, with scale and inner products.
-inline void add_places(float* acc, const float* g, const TilePlan& plan, int row, int count, const SketchShape& shape,
-                       const TileExtras& extras, Sums* sums) {
-  for (int i = 0; i < count * shape.lanes; ++i) {
-    const int lane = i % shape.lanes, place = (row * shape.lanes + i) ^ plan.mask;
-    float x = g[place];
-    for (int d = 0; d < 2; ++d) {
-      if (extras.dots[d] != nullptr) sums->dot[d] += static_cast<double>(x) * extras.dots[d][place];
-    }
-    if (extras.scale != nullptr) x *= extras.scale[place];
-    sums->square += static_cast<double>(x) * x;
-    acc[i] += (plan.words[lane] >> (row + i / shape.lanes)) & 1u ? -x : x;
+// A tile of fewer than kLanes places, and so of one row.
+inline void add_places(float* acc, const float* g, const TilePlan& plan, const SketchShape& shape, D* squares_sum) {
+  for (int i = 0; i < shape.size; ++i) {
+    const float x = g[i ^ plan.mask];
+    (*squares_sum)[0] += static_cast<double>(x) * x;
+    acc[i] += plan.words[i] & 1u ? -x : x;
   }
 }
 

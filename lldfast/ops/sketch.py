@@ -76,6 +76,7 @@ def tile_plan(first: int, count: int, k: int, seed: int, device: torch.device) -
     return c, target, r, signs.reshape(count, size).bool()
 
 
+@torch.no_grad()
 def reference(
     out: Tensor, g: Tensor, *, offset: int, seed: int, scale: Tensor | None = None, dots: Sequence[Tensor] = ()
 ) -> Tensor:
