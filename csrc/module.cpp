@@ -13,6 +13,7 @@
 #include "cpu/linear_logprob.h"
 #include "cpu/logprob.h"
 #include "cpu/sketch.h"
+#include "cpu/sketch_outer.h"
 #include "cpu/tokens.h"
 #include "cpu/xxh3.h"
 #include "dispatch.h"
@@ -157,6 +158,52 @@ std::array<double, 1 + lldfast::kSketchDots> sketch_fold(uintptr_t g, const std:
   return sums;
 }
 
+// (address, dtype, columns, sample stride, token stride), strides in elements.
+using SampleTuple = std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t>;
+
+lldfast::SampleMatrix sample_matrix(const SampleTuple& m) {
+  return {reinterpret_cast<const void*>(std::get<0>(m)), dtype_of(std::get<1>(m)), std::get<2>(m), std::get<3>(m),
+          std::get<4>(m)};
+}
+
+void check_sketches(int64_t samples, int64_t k, int threads) {
+  if (samples < 1 || threads < 1) throw py::value_error("samples and threads must be at least 1");
+  if (k < 1 || (k & (k - 1)) != 0) throw py::value_error("k must be a power of two");
+}
+
+void sketch_outer(const SampleTuple& a, const SampleTuple& b, int64_t samples, int64_t tokens, int64_t offset,
+                  uintptr_t out, int64_t k, uint64_t seed, uintptr_t scale, int threads, const std::string& isa,
+                  uintptr_t squares) {
+  check_sketches(samples, k, threads);
+  const lldfast::SketchOuterArgs args = {sample_matrix(a),
+                                         sample_matrix(b),
+                                         samples,
+                                         tokens,
+                                         offset,
+                                         reinterpret_cast<double*>(out),
+                                         k,
+                                         seed,
+                                         floats(scale),
+                                         threads,
+                                         reinterpret_cast<double*>(squares)};
+  if (tokens < 1 || args.a.columns < 1 || args.b.columns < 1 || offset < 0) {
+    throw py::value_error("sketch_outer: tokens, columns or offset is out of range");
+  }
+  const lldfast::Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  lldfast::sketch_outer(chosen, args);
+}
+
+void sketch_rows(uintptr_t rows, int64_t width, uintptr_t begin, uintptr_t place, int64_t samples, uintptr_t out,
+                 int64_t k, uint64_t seed, int threads, const std::string& isa) {
+  check_sketches(samples, k, threads);
+  const lldfast::SketchRowsArgs args = {
+      floats(rows), width, integers(begin), integers(place), samples, reinterpret_cast<double*>(out), k, seed, threads};
+  const lldfast::Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  lldfast::sketch_rows(chosen, args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -173,6 +220,8 @@ PYBIND11_MODULE(_C, m) {
       "of the first token id at or above vocab_size.");
 
   m.def("sketch_fold", &sketch_fold, "Add the XOR-fold of g to out; |g scale|^2 and two inner products (csrc/cpu/sketch.h).");
+  m.def("sketch_outer", &sketch_outer, "Add the fold of b^T a of each sample to its sketch (csrc/cpu/sketch_outer.h).");
+  m.def("sketch_rows", &sketch_rows, "Add rows with a place in the flat space to sketches (csrc/cpu/sketch_outer.h).");
 
   // Given logits: csrc/cpu/logprob.h. Hidden states and head: csrc/cpu/linear_logprob.h. isa "" is the one in use.
   m.def("logprob_fwd",

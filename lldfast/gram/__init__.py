@@ -13,6 +13,17 @@ from lldfast.gram.accumulator import Accumulator
 from lldfast.gram.collector import Collector, Layout
 from lldfast.gram.estimate import estimate
 from lldfast.gram.fidelity import Fidelity, fidelity
+from lldfast.gram.per_text import PerTextSketches, per_text
 from lldfast.gram.result import GramEstimate
 
-__all__ = ["Accumulator", "Collector", "Fidelity", "GramEstimate", "Layout", "estimate", "fidelity"]
+__all__ = [
+    "Accumulator",
+    "Collector",
+    "Fidelity",
+    "GramEstimate",
+    "Layout",
+    "PerTextSketches",
+    "estimate",
+    "fidelity",
+    "per_text",
+]

@@ -39,7 +39,8 @@ class GramEstimate:
             without `precondition`.
         products, group_domain, group_tokens: inner products of the groups' gradient sums [M, M], their domains and tokens [M]:
             what error bars are made of. Sketched off the diagonal.
-        evalset: the texts it was estimated on; not in the file. seconds: wall time. extra: n_params, layout, seed, groups, step size of the optimiser and the like.
+        evalset: the texts it was estimated on; not in the file. seconds: wall time.
+        extra: n_params, layout, seed, groups, the optimiser's step size and the like.
     """
 
     domains: list[str]

@@ -118,6 +118,30 @@ def sketch_fold(
     return torch.tensor(sums[: 1 + len(dots)], dtype=torch.float64)
 
 
+def _samples(x: Tensor) -> tuple[int, str, int, int, int]:
+    return (x.data_ptr(), str(x.dtype).removeprefix("torch."), x.shape[2], x.stride(0), x.stride(1))
+
+
+def sketch_outer(out: Tensor, a: Tensor, b: Tensor, offset: int, seed: int, scale: Tensor | None, isa: str = "") -> Tensor:
+    """Adds the fold of b_n^T a_n of a [N, T, I] and b [N, T, O] to out[n], fp64 [N, k]; gives their squares, fp64 [N]."""
+    a, b = columns_contiguous(a), columns_contiguous(b)
+    squares = torch.zeros(len(a), dtype=torch.float64)
+    _module().sketch_outer(
+        _samples(a), _samples(b), len(a), a.shape[1], offset, out.data_ptr(), out.shape[1], seed, _address(scale),
+        min(_threads(a.numel() * b.shape[2]), len(a)), isa, squares.data_ptr(),
+    )  # fmt: skip
+    return squares
+
+
+def sketch_rows(out: Tensor, rows: Tensor, sample: Tensor, place: Tensor, seed: int, isa: str = "") -> None:
+    """Adds rows [R, width], fp32, which lie at place [R] of the flat space, to out[sample], fp64 [N, k]; sample ascends."""
+    begin = torch.searchsorted(sample.contiguous(), torch.arange(len(out) + 1))
+    _module().sketch_rows(
+        rows.data_ptr(), rows.shape[1], begin.data_ptr(), place.data_ptr(), len(out), out.data_ptr(), out.shape[1], seed,
+        min(_threads(64 * rows.numel()), len(out)), isa,
+    )  # fmt: skip
+
+
 def cuda_logprob_fwd(
     logits: Tensor, labels: Tensor, rows: Tensor | None, vocab: int, bias: Tensor | None, softcap: float | None,
     logit_scale: float, out: Sequence[Tensor],
@@ -148,3 +172,19 @@ def cuda_logprob_bwd(
         _address(lse), _address(g), _address(h), d_address, d_stride, d_logits.shape[-1] if d_address else vocab,
         _address(d_bias), torch.cuda.current_stream(logits.device).cuda_stream,
     )  # fmt: skip
+
+
+def cuda_sketch_fold(out: Tensor, g: Tensor, offset: int, seed: int, scale: Tensor | None, dots: Sequence[Tensor]) -> Tensor:
+    """`sketch_fold` on the GPU, on torch's current stream; g is not empty."""
+    module: Any = compiled_module("_cuda")
+    size = module.sketch_workspace_bytes(len(g), offset, len(out), len(dots))
+    workspace = torch.empty(size, dtype=torch.uint8, device=g.device)
+    sums = torch.empty(1 + len(dots), dtype=torch.float64, device=g.device)
+    scale = None if scale is None else scale.contiguous()
+    first, second = ([other.contiguous() for other in dots] + [None, None])[:2]
+    module.sketch_fold(
+        g.data_ptr(), str(g.dtype).removeprefix("torch."), len(g), offset, seed, _address(scale), _address(first),
+        _address(second), out.data_ptr(), len(out), sums.data_ptr(), workspace.data_ptr(),
+        torch.cuda.current_stream(g.device).cuda_stream,
+    )  # fmt: skip
+    return sums
