@@ -115,8 +115,10 @@ def test_stochastic_rounding_is_unbiased():
                 rows.add(name, 0, 0, row[:300] * 7)
                 rows.add(name, 0, 300, row[300:] * 7)
                 rows.finish(name, 7)
-            many.append(rows.gram())
+            found, variance = rows.gram()
+            many.append(found)
         upper, many = np.triu_indices(3, 1), np.stack(many)
+        np.testing.assert_allclose(many.std(0)[upper], np.sqrt(variance[upper]), rtol=0.25)  # as it says of itself
         z = (many.mean(0) - exact)[upper] / (many.std(0, ddof=1) / np.sqrt(200))[upper]
         assert np.abs(z).max() < 4 and many.std(0)[upper].min() > 0
         np.testing.assert_allclose(many[0].diagonal(), exact.diagonal(), rtol=1e-6)
@@ -175,6 +177,7 @@ def test_fold_of_everything_in_one_chunk_is_exact(scorer):
     got = gram.estimate(scorer, APART, mode="fold", k=2**16)
     np.testing.assert_allclose(got.gram, exact.gram, rtol=1e-5, atol=1e-8 * exact.gram.max())
     assert got.expected_error == 0 and got.k == 2**16
+    assert got.expected_kl({"code": 0.3, "words": -0.1, "numbers": 0.2}) == 0
 
 
 def test_the_order_of_texts_and_the_batch_do_not_matter(scorer):
@@ -214,7 +217,9 @@ def test_groups_keep_documents_whole_and_forget_the_order():
     other = [{shuffled.texts[i] for i in part} for part in split_groups(shuffled, "a", 4)]
     assert other == [{evalset.texts[i] for i in part} for part in parts]
     same = EvalSet.from_texts(["the same"] * 5, ["a"] * 5)
-    assert [len(part) for part in split_groups(same, "a", 8)] == [1] * 5
+    assert [len(part) for part in split_groups(same, "a", 8)] == [5]  # they say nothing about the noise of texts
+    few = EvalSet(texts(12), ["a"] * 12, ["measure"] * 12, [i // 4 for i in range(12)])
+    assert [len(part) for part in split_groups(few, "a", 8)] == [4, 4, 4]
 
 
 def test_order_frozen_and_mode(scorer):
@@ -309,7 +314,7 @@ def test_auto_takes_the_most_accurate_that_fits():
     plan = choose("auto", "auto", k, groups, size, 60 << 20, 1e-4)
     assert plan.mode == "fold" and plan.k == 2**16 and plan.bytes <= 60 << 20
     assert choose("fold", "auto", k, groups, size, None, 1e-2).k < choose("fold", "auto", k, groups, size, None, 1e-5).k
-    with pytest.raises(InputError, match="budget"):
+    with pytest.raises(InputError, match="budget is 1,000"):
         choose("auto", "auto", k, groups, size, 1000, 1e-4)
     with pytest.raises(InputError, match="distributed"):
         choose("sharded", "auto", k, groups, size, None, 1e-4)
@@ -353,6 +358,50 @@ def test_one_domain_and_scaled_losses(scorer):
     np.testing.assert_allclose(a.gram, b.gram, rtol=1e-5)  # per token: duplicated texts change nothing
 
 
+def test_the_declared_error_of_rounded_rows_is_theirs(scorer):
+    exact, delta = gram.estimate(scorer, APART, debias=False).gram, np.array([0.3, -0.1, 0.25])
+    v = np.linalg.solve(exact, delta)
+    for mode in ("int8", "int4"):
+        errors = []
+        for seed in range(10):
+            got = gram.estimate(scorer, APART, mode=mode, debias=False, seed=seed, groups=1)
+            dv = np.linalg.solve(got.gram, delta) - v
+            errors.append(dv @ exact @ dv / (v @ exact @ v))
+        assert 0.4 < np.sqrt(np.mean(errors)) / got.expected_error < 2  # this Delta is one of all that the formula averages
+
+
+def test_noise_that_was_not_measured_is_not_zero(scorer):
+    delta = {"code": 0.3, "words": -0.1, "numbers": 0.2}
+    one = gram.estimate(scorer, APART, groups=1)
+    assert one.gram_se is None and np.isnan(list(one.weights(delta)[1].values())).all()
+    assert "not debiased: words, numbers, code" in one.summary()
+    assert "not debiased" not in gram.estimate(scorer, APART, groups=1, debias=False).summary()
+    mixed = EvalSet(APART.texts, APART.domain, APART.part, [i if i < 16 else 99 for i in range(24)])  # code: one document
+    found = gram.estimate(scorer, mixed)
+    errors = found.weights(delta)[1]
+    assert np.isnan(errors["code"]) and errors["words"] > 0 and found.debiased == [True, True, False]
+
+
+def test_texts_that_touch_no_trainable_parameter(scorer):
+    """Positions from 40 on are all that is trained: the gradient of shorter texts is 0, not missing."""
+
+    class Late(GPT):
+        def forward(self, ids):
+            x = super().forward(ids)
+            return x if ids.shape[1] < 40 else x + self.late
+
+    model = Late("test-tiny", seed=0)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.late = torch.nn.Parameter(torch.zeros(32))
+    evalset = EvalSet.from_texts(["short", *(t * 3 for t in texts(4))], ["short", *["long"] * 4])
+    got = gram.estimate(Scorer.from_gpt(model, load_tokenizer("bytes")), evalset, debias=False)
+    assert got.gram[0].tolist() == [0, 0] and got.gram[1, 1] > 0
+    with torch.inference_mode():
+        again = gram.estimate(Scorer.from_gpt(model, load_tokenizer("bytes")), evalset, debias=False)
+    np.testing.assert_array_equal(got.gram, again.gram)
+
+
 def test_save_and_load(scorer, tmp_path):
     got = gram.estimate(scorer, APART, mode="fold", k=512)
     path = tmp_path / "gram.npz"
@@ -391,6 +440,11 @@ def test_bad_calls(scorer):
         ({"ridge": -1}, "ridge"),
         ({"ridge": "some"}, "ridge"),
         ({"delta": {"a": 1.0}}, "delta: domain 'b' is missing"),
+        ({"delta": [1.0, float("inf"), 0.0]}, "delta: the value of domain 'b'"),
+        ({"budget_bytes": -1}, "budget_bytes"),
+        ({"budget_bytes": float("nan")}, "budget_bytes"),
+        ({"precondition": "adamw"}, "optimiser"),
+        ({"precondition": torch.optim.NAdam(scorer.module.parameters())}, "Adam or AdamW"),
         ({"precondition": torch.optim.SGD(scorer.module.parameters(), lr=1.0)}, "AdamW"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,13 @@ from lldfast.ops.philox import check_seed
 from lldfast.ops.sketch import check_k, fold
 
 FORMAT = "lldfast-gram-sketch"
+# What numpy lets through of a damaged archive.
+UNREADABLE = (
+    OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, NotImplementedError, SyntaxError, RuntimeError,
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
+)  # fmt: skip
 UNITS = "nats per token, over parameters"
+PART = 1 << 13  # numbers of every sketch that `products` multiplies at a time
 Key = tuple[str, int]
 
 
@@ -60,12 +67,13 @@ class Accumulator:
         Raises:
             InputError: no parameters, no or repeated domains, k no power of two, seed out of range.
         """
-        if isinstance(n_params, bool) or not isinstance(n_params, int) or n_params < 1:
+        if isinstance(n_params, bool) or not isinstance(n_params, (int, np.integer)) or n_params < 1:
             raise InputError(f"n_params must be a positive integer, got {n_params!r}")
         if isinstance(domains, str) or not len(domains) or len(set(domains)) != len(domains):
             raise InputError(f"domains must be different names, at least one, got {domains!r}")
-        self.n_params, self.domains, self.k, self.seed = n_params, list(domains), check_k(k), check_seed(seed)
-        self.layout, self.device, self.backend = layout, torch.device(device), backend
+        self.n_params, self.domains, self.k, self.seed = int(n_params), list(domains), check_k(k), check_seed(seed)
+        self.layout, self.backend = layout, backend
+        self.device = torch.empty(0, device=device).device  # "cuda" is the current one, with its number
         self.sketches: dict[Key, Tensor] = {}
         self.squares: dict[Key, float] = {}
         self.dots: dict[Key, float] = {}
@@ -96,15 +104,13 @@ class Accumulator:
         size = tensor.numel()
         if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0 or offset + size > self.n_params:
             raise InputError(f"entries {offset} .. {offset}+{size} are not within the {self.n_params} parameters")
-        out = self.sketches.get(key)
-        if out is None:
-            out = self.sketches[key] = torch.zeros(self.k, dtype=torch.float64, device=self.device)
-            self.squares[key] = self.dots[key] = 0.0
-            self._ranges[key] = []
         if tensor.device != self.device:
             raise InputError(f"the tensor is on {tensor.device}, the accumulator on {self.device}")
+        out = self.sketches.get(key)
+        out = torch.zeros(self.k, dtype=torch.float64, device=self.device) if out is None else out
         others = [] if dot is None else [dot]
         sums = fold(out, tensor, offset=offset, seed=self.seed, scale=scale, dots=others, backend=self.backend).tolist()
+        self._open(key, out)
         self.squares[key] += sums[0]
         if dot is not None:
             self.dots[key] += sums[1]
@@ -112,8 +118,14 @@ class Accumulator:
             self._ranges[key].append((offset, offset + size))
         return sums[0]
 
+    def _open(self, key: Key, sketch: Tensor) -> None:
+        if key not in self.sketches:
+            self.sketches[key], self.squares[key], self.dots[key], self._ranges[key] = sketch, 0.0, 0.0, []
+
     def count(self, domain: str, group: int, tokens: float) -> None:
         """Record that the gradient of (domain, group) is a sum over so many tokens (more are added to those before).
+
+        A group that is counted and gets nothing has a gradient of 0.
 
         Raises:
             InputError: unknown domain, a group < 0, or tokens that are not > 0 and finite.
@@ -121,6 +133,7 @@ class Accumulator:
         key = self._key(domain, group)
         if not (isinstance(tokens, (int, float, np.number)) and 0 < tokens < float("inf")):
             raise InputError(f"tokens must be a finite number > 0, got {tokens!r}")
+        self._open(key, torch.zeros(self.k, dtype=torch.float64, device=self.device))
         self.tokens[key] = self.tokens.get(key, 0.0) + float(tokens)
 
     def reset(self, domain: str, group: int) -> None:
@@ -132,40 +145,48 @@ class Accumulator:
     def merge(self, other: Accumulator) -> Accumulator:
         """Add another accumulator's groups to this one, and return this one. Of a group in both, the gradients are summed.
 
+        Where the two hold other entries of a group, they are shards of one gradient, of the same tokens; where they hold the same
+        entries, its texts were split, and the tokens add up.
+
         Raises:
-            InputError: other parameters, domains, k or seed; what differs is named. Nothing was added then.
+            InputError: other parameters, domains, k or seed; a group counted in one and not in the other, or counted differently
+                by shards. What differs is named, and nothing was added.
         """
         for name in ("n_params", "domains", "k", "seed", "layout"):
             if getattr(self, name) != getattr(other, name):
                 raise InputError(
                     f"sketches do not belong together: {name} is {getattr(self, name)!r} here, {getattr(other, name)!r} there"
                 )
+        tokens = {key: self._merged_tokens(key, other) for key in other.sketches}
         for key, sketch in other.sketches.items():
             if key in self.sketches:
                 self.sketches[key] += sketch.to(self.device)
                 self.squares[key] += other.squares[key]
                 self.dots[key] += other.dots[key]
                 self._ranges[key] += other._ranges[key]
-                self._merge_tokens(key, other)
             else:
                 self.sketches[key] = sketch.to(self.device, copy=True)
                 self.squares[key], self.dots[key] = other.squares[key], other.dots[key]
                 self._ranges[key] = list(other._ranges[key])
-                if key in other.tokens:
-                    self.tokens[key] = other.tokens[key]
+        self.tokens |= {key: n for key, n in tokens.items() if n is not None}
         return self
 
-    def _merge_tokens(self, key: Key, other: Accumulator) -> None:
-        """Shards of the parameters hold the same texts, whose tokens count once; other texts have the same parameters."""
-        if key in other.tokens:
-            mine = self.tokens.get(key)
-            same_texts = self._exact(key) and mine == other.tokens[key]
-            self.tokens[key] = other.tokens[key] if mine is None or same_texts else mine + other.tokens[key]
+    def _merged_tokens(self, key: Key, other: Accumulator) -> float | None:
+        """Tokens of a group after a merge; None where nobody counted it."""
+        mine, theirs = self.tokens.get(key), other.tokens.get(key)
+        if key not in self.sketches:
+            return theirs
+        if _disjoint(_union(self._ranges[key]) + _union(other._ranges[key])):
+            if mine is not None and theirs is not None and mine != theirs:
+                raise InputError(f"shards of group {key[1]} of domain {key[0]!r} count {mine:g} and {theirs:g} tokens")
+            return theirs if mine is None else mine
+        if (mine is None) != (theirs is None):
+            raise InputError(f"group {key[1]} of domain {key[0]!r} is counted on one side only: call count on both")
+        return None if mine is None or theirs is None else mine + theirs
 
     def _exact(self, key: Key) -> bool:
         """Whether squares[key] is |g|^2: every entry was added once, so that the squares of parts are those of the whole."""
-        ranges = sorted(self._ranges[key])
-        return all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+        return _disjoint(self._ranges[key])
 
     def groups(self) -> list[Key]:
         """(domain, group) in the order of domains and groups: rows of `products`."""
@@ -188,8 +209,11 @@ class Accumulator:
         uncounted = [key for key in keys if key not in self.tokens]
         if uncounted and self.tokens:
             raise InputError(f"group {uncounted[0][1]} of domain {uncounted[0][0]!r} has no token count, others have")
-        stack = torch.stack([self.sketches[key] for key in keys])
-        table = (stack @ stack.T).cpu().numpy()
+        total = torch.zeros(len(keys), len(keys), dtype=torch.float64, device=self.device)
+        for begin in range(0, self.k, PART):  # no second copy of all sketches
+            part = torch.stack([self.sketches[key][begin : begin + PART] for key in keys])
+            total += part @ part.T
+        table = total.cpu().numpy()
         for i, key in enumerate(keys):
             if self._exact(key):
                 table[i, i] = self.squares[key]
@@ -284,6 +308,21 @@ class Accumulator:
         return domain, int(group)
 
 
+def _disjoint(ranges: list[tuple[int, int]]) -> bool:
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(sorted(ranges)))
+
+
+def _union(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same entries in ranges that do not overlap."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((begin, end))
+    return joined
+
+
 def read_npz(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Header and arrays of an .npz file of format `kind`.
 
@@ -296,7 +335,7 @@ def read_npz(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], d
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise CorruptError(f"{path} is not a readable .npz file ({error})") from None
     try:
         header = json.loads(str(arrays.pop("header")))

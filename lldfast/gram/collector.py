@@ -91,18 +91,26 @@ class Collector:
             scale, dot: per parameter name, as `Accumulator.add` takes them.
 
         Raises:
-            InputError: nothing to train, or a parameter that something else works on during backward (an optimiser step fused
-                into it).
+            InputError: nothing to train, a parameter that something else works on during backward (an optimiser step fused into
+                it, another collector), or an accumulator of another order of parameters.
         """
         self.layout = Layout.of(module)
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         for name, p in parameters.items():
             if getattr(p, "_post_accumulate_grad_hooks", None):
                 raise InputError(
-                    f"parameter {name!r} has a post-accumulate-grad hook of its own (an optimiser step in the backward pass?): "
-                    "take it off before collecting gradients, it would change the model"
+                    f"parameter {name!r} has a post-accumulate-grad hook (another collector, or an optimiser step in the backward "
+                    "pass?): take it off before collecting gradients"
+                )
+        for sink in sinks:
+            size, layout = getattr(sink, "n_params", self.layout.size), getattr(sink, "layout", None)
+            if size != self.layout.size or layout not in (None, self.layout.hash):
+                raise InputError(
+                    f"the accumulator is of {size:,} parameters in the order {layout}, the model has {self.layout.size:,} in the "
+                    f"order {self.layout.hash}"
                 )
         self.parameters, self.sinks = parameters, sinks
+        self._module, self._busy = module, False
         self.scale, self.dot = scale or {}, dot or {}
         self.eager = True
         self._offset = dict(zip(self.layout.names, self.layout.offsets, strict=True))
@@ -120,33 +128,45 @@ class Collector:
             tokens: of the group, recorded with sinks that count them (None: not recorded).
 
         Raises:
-            TrainingError: the gradient is not finite; domain and group named. The group is taken out of the accumulator.
+            InputError: a group is open, this one has a gradient already, or the model's trainable parameters have changed.
+            TrainingError: the gradient is not finite; domain and group named. Whatever is raised, here or inside, the group is
+                taken out of the accumulator.
         """
+        if self._busy:
+            raise InputError(f"group {self._key[1]} of domain {self._key[0]!r} is still open on this collector")
+        if Layout.of(self._module) != self.layout:
+            raise InputError("parameters were frozen, unfrozen or replaced since the collector was made: make another")
+        for sink in self.sinks:
+            if (domain, index) in getattr(sink, "sketches", ()):
+                raise InputError(f"group {index} of domain {domain!r} has a gradient already: reset it, or take another number")
         kept = {name: p.grad for name, p in self.parameters.items()}
-        handles = [p.register_post_accumulate_grad_hook(self._hook(name)) for name, p in self.parameters.items()]
         self._key, self._last, self._square = (domain, index), False, 0.0
-        self._wide, self._folded = {}, set()
-        for p in self.parameters.values():
-            p.grad = None
-        try:
-            yield self
+        self._wide, self._folded, self._busy = {}, set(), True
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._close, kept)
             for name, p in self.parameters.items():
-                self._fold(name, p)
-            if not math.isfinite(self._square):
+                p.grad = None
+                undo.callback(p.register_post_accumulate_grad_hook(self._hook(name)).remove)
+            try:
+                yield self
+                for name, p in self.parameters.items():
+                    self._fold(name, p)
+                if not math.isfinite(self._square):
+                    raise TrainingError(f"the gradient of domain {domain!r}, group {index}, is not finite")
+            except BaseException:  # half a group must not look like one, nor be there when it is tried again
                 for sink in self.sinks:
                     if hasattr(sink, "reset"):
                         sink.reset(domain, index)
-                raise TrainingError(f"the gradient of domain {domain!r}, group {index}, is not finite")
+                raise
             if tokens is not None:
                 for sink in self.sinks:
                     if hasattr(sink, "count"):
                         sink.count(domain, index, tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name, p in self.parameters.items():
-                p.grad = kept[name]
-            self._wide = {}
+
+    def _close(self, kept: Mapping[str, Tensor | None]) -> None:
+        for name, p in self.parameters.items():
+            p.grad = kept[name]
+        self._wide, self._busy = {}, False
 
     def final(self) -> None:
         """The next backward pass is the group's last: each gradient is folded and freed as soon as autograd has it whole.

@@ -18,9 +18,9 @@ from lldfast.errors import InputError, TrainingError
 from lldfast.gram import stats
 from lldfast.gram.accumulator import Accumulator
 from lldfast.gram.collector import Collector, Layout
-from lldfast.gram.precondition import SecondMoments, has_state, of_optimizer
+from lldfast.gram.precondition import SecondMoments, check_optimizer, of_optimizer
 from lldfast.gram.result import GramEstimate
-from lldfast.gram.rows import BYTES, ERRORS, Rows
+from lldfast.gram.rows import BYTES, Rows
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer, Segment, load_scorer
 from lldfast.models.scoring import batches, evaluating, token_logprobs
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     bytes: int
 
 
+@torch.inference_mode(False)  # whatever mode the caller is in: tensors made in that one cannot take part in a backward pass
 def estimate(
     model: Scorer | str | os.PathLike[str],
     evalset: EvalSet | str | os.PathLike[str],
@@ -54,7 +55,7 @@ def estimate(
     groups: int = 8,
     debias: bool = True,
     precondition: torch.optim.Optimizer | None = None,
-    budget_bytes: int | None = None,
+    budget_bytes: float | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
     delta: Mapping[str, float] | ArrayLike | None = None,
@@ -78,7 +79,7 @@ def estimate(
         debias: take the noise of finitely many texts out of the diagonal (`stats.debiased_diagonal`). Domains with a single group
             keep the naive diagonal and say so in `debiased`.
         precondition: an Adam or AdamW optimiser of this model: G is then J M^-1 J^T, and `drift` is estimated (precondition.py).
-            Two more numbers per parameter are held; before its first step, one more pass over the texts is made.
+            It makes one more pass over the texts, and holds three more numbers per parameter.
         budget_bytes: for the rows or sketches (2 GiB by default). Beside them there is one gradient.
         batch_tokens: tokens of a batch; their activations are what the backward pass holds.
         seed: of the sketch and of stochastic rounding; `matrix` of equal seeds and parameters are comparable to the bit.
@@ -91,13 +92,17 @@ def estimate(
     """
     model = model if isinstance(model, Scorer) else _load(model)
     evalset = evalset if isinstance(evalset, EvalSet) else EvalSet.load(evalset)
-    _check(mode, k, groups, batch_tokens, tau, target_kl, ridge)
+    _check(mode, k, groups, batch_tokens, tau, target_kl, ridge, budget_bytes)
     check_seed(seed)
     if len(evalset) == 0:
         raise InputError("gram.estimate: there are no evaluation texts")
     began = time.perf_counter()
     domains = list(evalset.domains)
     shift = None if delta is None else align(delta, domains, "delta")
+    if shift is not None and not np.isfinite(shift).all():
+        raise InputError(f"delta: the value of domain {domains[int(np.argmin(np.isfinite(shift)))]!r} is not finite")
+    if precondition is not None:
+        check_optimizer(model.module, precondition)
     layout = _layout(model)
     split = {name: split_groups(evalset, name, groups) for name in domains}
     n_groups = sum(len(parts) for parts in split.values())
@@ -113,28 +118,28 @@ def estimate(
     device = model.device
     made = None
     if precondition is not None:
-        moments = None
-        if not has_state(model.module, precondition):
-            moments = SecondMoments(layout.size, device)
-            work.run(Collector(model.module, moments), moments=moments)
-        made = of_optimizer(model.module, precondition, moments)
+        moments = SecondMoments(layout.size, device)
+        work.run(Collector(model.module, moments), moments)
+        made = of_optimizer(model.module, precondition, moments.mean())
+        del moments
     sketches = Accumulator(layout.size, domains, plan.k, seed, layout=layout.hash, device=device)
     rows = None if plan.mode == "fold" else Rows(domains, _window(plan.mode, layout.size), _storage(plan.mode), seed, device)
     scale, dot = (None, None) if made is None else (made.scale, made.dot)
     sinks = [sketches] if rows is None else [sketches, rows]
-    work.run(Collector(model.module, *sinks, scale=scale, dot=dot), rows=rows)
+    work.run(Collector(model.module, *sinks, scale=scale, dot=dot), rows)
 
     products, group_domain, group_tokens = sketches.products()
-    exact = None if rows is None else _reduced(rows.gram(), plan.mode, device)
+    exact, variance = (None, None) if rows is None else (_reduced(x, plan.mode, device) for x in rows.gram())
     gram, naive, debiased = _gram(exact, products, group_domain, group_tokens, debias)
     clipped = stats.psd_clip(gram)
+    size = stats.effective_size(plan.k, layout.size)
     amount = ridge
     if ridge == "auto":
         amount = stats.auto_ridge(products, group_domain, group_tokens, shift, debias=debias)
     errors = None
     if any(len(parts) > 1 for parts in split.values()):
         found = stats.gram_standard_errors(
-            products, group_domain, group_tokens, plan.k if rows is None else None, debias=debias
+            products, group_domain, group_tokens, size if rows is None else None, debias=debias
         )  # fmt: skip
         errors = found.total
     drift = None
@@ -147,6 +152,7 @@ def estimate(
         "layout": layout.hash,
         "seed": seed,
         "groups": groups,
+        "debias": debias,
         "bytes": plan.bytes,
         "clipped": float(np.abs(clipped - gram).max()),
         "evalset": evalset.hash,
@@ -164,7 +170,7 @@ def estimate(
         k=plan.k if rows is None else None,
         ridge=None if amount is None else float(amount),
         gram_se=errors,
-        expected_error=_expected_error(plan, len(domains), layout.size),
+        expected_error=stats.relative_error(len(domains), size) if variance is None else stats.rounding_error(clipped, variance),
         drift=drift,
         products=products,
         group_domain=group_domain,
@@ -175,20 +181,13 @@ def estimate(
     )
 
 
-def _expected_error(plan: Plan, n_domains: int, size: int) -> float:
-    """Entries of one chunk of k never meet, so that a sketch of no more than k numbers is exact."""
-    if plan.mode != "fold":
-        return ERRORS[_storage(plan.mode)]
-    return stats.relative_error(n_domains, plan.k) * math.sqrt(max(0.0, 1 - plan.k / size))
-
-
 def choose(
     mode: str,
     k: int | Literal["auto"],
     n_domains: int,
     n_groups: int,
     size: int,
-    budget_bytes: int | None,
+    budget_bytes: float | None,
     target_kl: float,
     spread: float = 1.0,
 ) -> Plan:
@@ -220,22 +219,20 @@ def choose(
             return Plan(name, wanted if name == "fold" else ERROR_K, needs[name])
     least = min(needs[name] for name in order) if mode == "auto" else needs[mode]
     what = f"sketches of {n_groups} groups" if mode in ("auto", "fold") else f"{mode} rows of {n_domains} domains"
-    raise InputError(
-        f"{what} x {size:,} parameters need {least / 2**20:,.1f} MiB, the budget is {(budget or 0) / 2**20:,.1f} MiB"
-    )
+    raise InputError(f"{what} x {size:,} parameters need {least:,} bytes, the budget is {int(budget or 0):,}")
 
 
 def split_groups(evalset: EvalSet, domain: str, groups: int) -> list[Ints]:
-    """Texts of a domain in at most `groups` groups, documents kept whole, by a hash: the order of the texts does not matter."""
-    texts = np.flatnonzero(evalset.domain == domain)
+    """Texts of a domain in at most `groups` groups, by a hash, so that the order of the texts does not matter.
+
+    Texts of one document, and equal texts, are not independent: they stay together, and a domain of one document is one group.
+    """
     units: dict[str, list[int]] = {}
-    for i in texts.tolist():
+    for i in np.flatnonzero(evalset.domain == domain).tolist():
         number = int(evalset.document[i])
         name = f"document {number}" if number >= 0 else evalset.texts[i]
         units.setdefault(xxhash.xxh3_128_hexdigest(name.encode()), []).append(i)
     ordered = [units[name] for name in sorted(units)]
-    if len(ordered) < groups:  # equal texts are one document; with few of them, single texts must do
-        ordered = [[i] for unit in ordered for i in unit]
     parts = np.array_split(np.arange(len(ordered)), min(groups, len(ordered)))
     return [np.array(sorted(i for at in part for i in ordered[at]), dtype=np.int64) for part in parts]
 
@@ -258,15 +255,13 @@ class _Work:
         for i, segment in enumerate(segments):
             self.of_text.setdefault(segment.text, []).append(i)
 
-    def run(self, collector: Collector, *, rows: Rows | None = None, moments: SecondMoments | None = None) -> None:
+    def run(self, collector: Collector, rows: Rows | SecondMoments | None = None) -> None:
         with evaluating(self.model):  # dropout would add noise that no text has
             for domain, parts in self.split.items():
                 for index, texts in enumerate(parts):
                     n = int(self.tokens[texts].sum())
                     if n == 0:
                         continue
-                    if moments is not None:
-                        moments.tokens = n
                     try:
                         with collector.group(domain, index, n):
                             self.backward(texts, collector)
@@ -277,14 +272,14 @@ class _Work:
 
     def backward(self, texts: Ints, collector: Collector | None = None) -> None:
         which = [i for text in texts.tolist() for i in self.of_text.get(text, [])]
-        parts = list(batches(self.segments, self.batch, which))
-        for i, batch in enumerate(parts):
-            batch = batch.to(self.model.device)
-            with torch.enable_grad():
-                total = token_logprobs(self.model, batch).sum()
-            if collector is not None and i + 1 == len(parts):
-                collector.final()
-            total.backward()
+        with torch.enable_grad():
+            parts = list(batches(self.segments, self.batch, which))
+            for i, batch in enumerate(parts):
+                total = token_logprobs(self.model, batch.to(self.model.device)).sum()
+                if collector is not None and i + 1 == len(parts):
+                    collector.final()
+                if total.requires_grad:  # else these texts touch no trainable parameter: their gradient is 0
+                    total.backward()
 
     def culprit(self, domain: str, texts: Ints) -> str:
         """Which text gave a gradient that is not finite."""
@@ -322,8 +317,9 @@ def _gram(
 
 
 def _check(
-    mode: str, k: int | str, groups: int, batch_tokens: int, tau: float, target_kl: float, ridge: float | str | None
-) -> None:
+    mode: str, k: int | str, groups: int, batch_tokens: int, tau: float, target_kl: float, ridge: float | str | None,
+    budget: float | None,
+) -> None:  # fmt: skip
     if mode not in MODES:
         raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if k != "auto":
@@ -331,12 +327,15 @@ def _check(
             raise InputError(f"k must be a power of two or 'auto', got {k!r}")
         check_k(k)
     for name, value in (("groups", groups), ("batch_tokens", batch_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < math.inf):
+        raise InputError(f"budget_bytes must be a number > 0, got {budget!r}")
     check_tau(tau)
     if not 0 < target_kl < math.inf:
         raise InputError(f"target_kl must be > 0 and finite, got {target_kl!r}")
-    if ridge not in ("auto", None) and not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
+    number = isinstance(ridge, (int, float, np.number)) and not isinstance(ridge, bool)
+    if ridge not in ("auto", None) and not (number and 0 <= float(ridge) < math.inf):
         raise InputError(f"ridge must be a number >= 0, 'auto' or None, got {ridge!r}")
 
 

@@ -1,4 +1,4 @@
-"""How well G predicts what a step of an optimiser does: measured on a copy of it, the model put back as it was."""
+"""How well G predicts a step of an optimiser: the step is taken, then the model and the optimiser are put back as they were."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lldfast.weights import Values, simplex
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fidelity:
     """Predicted against measured changes of l by one optimiser step, for S mixtures.
 
@@ -58,12 +58,12 @@ def fidelity(
     lr: float | None = None,
     batch_tokens: int = 4096,
 ) -> Fidelity:
-    """Take one step of a copy of `optimizer` along the gradient of each mixture, and compare the change of l with `gram`'s
-    prediction.
+    """Take one step of `optimizer` along the gradient of each mixture, and compare the change of l with `gram`'s prediction.
 
     The mixture's gradient is that of `sum_k w_k l_k` on the texts of `evalset`, so eq. (4) predicts a change of eta (G w +
-    drift). Parameters, gradients, buffers and the optimiser's state are as before afterwards. Costs a forward and backward pass
-    and a scoring pass over the texts for each mixture, and a copy of the parameters and of the optimiser's state.
+    drift). Parameters, gradients, buffers and the optimiser's state are put back after each step; hooks on the optimiser's steps
+    do run. Costs a forward and backward pass and a scoring pass over the texts for each mixture, and a copy of the parameters and
+    of the optimiser's state.
 
     Args:
         gram: of this model and these texts (`debias=False` gives the matrix of these very texts), with or without `precondition`.
@@ -81,8 +81,12 @@ def fidelity(
         raise InputError("a Gram matrix from a file does not hold its texts: pass evalset=")
     if set(evalset.domains) != set(gram.domains):
         raise InputError(f"the texts have the domains {evalset.domains}, the Gram matrix {gram.domains}")
-    if lr is not None and not lr > 0:
-        raise InputError(f"lr must be > 0, got {lr}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"fidelity measures a torch optimiser, got {optimizer!r:.100}")
+    if lr is not None and not (isinstance(lr, (int, float)) and lr > 0):
+        raise InputError(f"lr must be > 0, got {lr!r}")
+    if weights is not None and not len(weights):
+        raise InputError("weights is empty: give mixtures to measure, or None")
     if lr is None and not any(float(group["lr"]) > 0 for group in optimizer.param_groups):
         raise InputError("every learning rate of the optimiser is 0 (a warm-up?): pass lr=")
     k = len(gram.domains)
@@ -97,22 +101,25 @@ def fidelity(
 
     values = {name: value.detach().clone() for name, value in model.module.state_dict().items()}
     gradients = [p.grad for p in parameters]
-    state = copy.deepcopy(optimizer.state_dict())
+    saved = _State(optimizer)
     before = _by_domain(model, evalset, gram.domains)
     measured = np.zeros_like(predicted)
     try:
         for i, w in enumerate(mixtures):
             _loss_gradient(model, evalset, dict(zip(gram.domains, w.tolist(), strict=True)), parameters, batch_tokens)
-            if lr is not None:
-                for group in optimizer.param_groups:
+            for group in optimizer.param_groups:
+                if group.get("maximize"):  # which is given the gradient of what it shall raise
+                    for p in group["params"]:
+                        p.grad = None if p.grad is None else -p.grad
+                if lr is not None:
                     group["lr"] = lr
             optimizer.step()
             measured[i] = _by_domain(model, evalset, gram.domains) - before
             model.module.load_state_dict(values)
-            optimizer.load_state_dict(copy.deepcopy(state))
+            saved.restore()
     finally:
         model.module.load_state_dict(values)
-        optimizer.load_state_dict(state)
+        saved.restore()
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
     centred = [x - x.mean(1, keepdims=True) for x in (measured, predicted)]
@@ -125,6 +132,25 @@ def fidelity(
         cosine_centred=_cosine(*centred) if k > 1 else np.full(len(mixtures), np.nan),
         scale=(measured * predicted).sum(1) / (predicted**2).sum(1),
     )
+
+
+class _State:
+    """An optimiser's state and settings, tensor by tensor: load_state_dict would cast moments to the parameters' dtype."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.state = {p: _copied(entry) for p, entry in optimizer.state.items()}
+        self.groups = [_copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+
+    def restore(self) -> None:
+        self.optimizer.state.clear()
+        self.optimizer.state.update({p: _copied(entry) for p, entry in self.state.items()})
+        for group, settings in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group.update(_copied(settings))
+
+
+def _copied(entry: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, torch.Tensor) else copy.copy(v) for k, v in entry.items()}
 
 
 def _cosine(a: Array, b: Array) -> Array:

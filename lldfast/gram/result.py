@@ -17,14 +17,14 @@ from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path
 from lldfast.gram import stats
 from lldfast.gram.accumulator import read_npz
-from lldfast.weights import AdjustedDirection, adjusted_direction, adjusted_lld_weights, align
+from lldfast.weights import MAX_CONDITION, AdjustedDirection, adjusted_direction, adjusted_lld_weights, align
 
 FORMAT = "lldfast-gram"
 Array = NDArray[np.float64]
 _ARRAYS = ("gram", "naive_diagonal", "gram_se", "drift", "products", "group_domain", "group_tokens")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GramEstimate:
     """G [K, K] in (nats per token)^2 per unit of parameter^2, in the order of `domains`, and how it was made.
 
@@ -40,7 +40,7 @@ class GramEstimate:
         products, group_domain, group_tokens: inner products of the groups' gradient sums [M, M], their domains and tokens [M]:
             what error bars are made of. Sketched off the diagonal.
         evalset: the texts it was estimated on; not in the file. seconds: wall time.
-        extra: n_params, layout, seed, groups, the optimiser's step size and the like.
+        extra: n_params, layout, seed, groups, debias, the optimiser's step size eta and the like.
     """
 
     domains: list[str]
@@ -89,8 +89,20 @@ class GramEstimate:
         np.fill_diagonal(table, self.naive_diagonal)
         return table
 
-    def _ridge(self, ridge: float | Literal["auto"]) -> float | Literal["auto"]:
-        return self.ridge if ridge == "auto" and self.ridge is not None else ridge
+    @property
+    def effective_k(self) -> float:
+        """What stands for k in formulas of errors (`stats.effective_size`); inf where a sketch has no error or there is none."""
+        return float("inf") if self.k is None else stats.effective_size(self.k, int(self.extra["n_params"]))
+
+    def _problem(self, delta: Mapping[str, float] | ArrayLike, ridge: float | Literal["auto"]) -> tuple[Array, float]:
+        """Delta [K], and the ridge to solve with: enough for a G that leaving out a group makes indefinite."""
+        d = align(delta, self.domains, "delta")
+        if not np.isfinite(d).all():
+            raise InputError(f"delta: the value of domain {self.domains[int(np.argmin(np.isfinite(d)))]!r} is not finite")
+        if ridge != "auto":
+            return d, float(ridge)
+        amount = self.ridge or adjusted_direction(self.gram, d).ridge
+        return d, max(amount, float(np.trace(self.gram)) / len(d) / MAX_CONDITION)
 
     def direction(
         self, delta: Mapping[str, float] | ArrayLike, *, normalise: str = "spread", ridge: float | Literal["auto"] = "auto"
@@ -100,12 +112,15 @@ class GramEstimate:
         Args:
             delta: {domain: value}, or [K] in the order of `domains`; nats per token.
         """
-        d, amount = align(delta, self.domains, "delta"), self._ridge(ridge)
+        d, amount = self._problem(delta, ridge)
 
         def v_of(gram: Array) -> Array:
             return adjusted_direction(gram, d, normalise=normalise, ridge=amount).v
 
-        return adjusted_direction(self.gram, d, normalise=normalise, ridge=amount), self.jackknife(v_of)
+        direction = v_of(self.gram)
+        # where rows were kept whole, the jackknife's own G is sketched: its spread counts, not its value
+        jackknife = dataclasses.replace(self.jackknife(v_of), value=direction)
+        return adjusted_direction(self.gram, d, normalise=normalise, ridge=amount), jackknife
 
     def weights(
         self,
@@ -117,23 +132,22 @@ class GramEstimate:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Eq. (6)'s weights and their standard errors over the texts behind G and its sketch (Delta held fixed), by domain.
 
-        The error of texts is a jackknife, that of the sketch a formula (`stats.direction_covariance`); they add in squares.
+        The error of texts is a jackknife, that of the sketch a formula (`stats.direction_covariance`); they add in squares. It is
+        NaN for a domain in a single group, whose noise nothing measures; the others' errors then lack its share.
         """
-        d, amount = align(delta, self.domains, "delta"), self._ridge(ridge)
+        d, amount = self._problem(delta, ridge)
 
         def w_of(gram: Array) -> Array:
             return np.asarray(adjusted_lld_weights(gram, d, tau=tau, normalise=normalise, ridge=amount))
 
-        w = w_of(self.gram)
-        variance = self.jackknife(w_of).se ** 2
-        if self.k is not None:
-            number = amount if amount != "auto" else adjusted_direction(self.gram, d, normalise=normalise).ridge
-            covariance = stats.direction_covariance(
-                self.gram, d, self.k, normalise=normalise, ridge=float(number), sketched=self.sketched
-            )
-            h = np.diag(w) - np.outer(w, w)
-            variance = variance + np.diag(h @ covariance @ h) / tau**2
-        named = [dict(zip(self.domains, x.tolist(), strict=True)) for x in (w, np.sqrt(variance))]
+        w, jackknife = w_of(self.gram), self.jackknife(w_of)
+        covariance = stats.direction_covariance(
+            self.gram, d, self.effective_k, normalise=normalise, ridge=amount, sketched=self.sketched
+        )
+        h = np.diag(w) - np.outer(w, w)
+        error = np.sqrt(jackknife.se**2 + np.diag(h @ covariance @ h) / tau**2)
+        error[list(jackknife.unmeasured)] = np.nan
+        named = [dict(zip(self.domains, x.tolist(), strict=True)) for x in (w, error)]
         return named[0], named[1]
 
     def jackknife(self, statistic: Callable[[Array], Array]) -> stats.Jackknife:
@@ -142,15 +156,19 @@ class GramEstimate:
             self.products, self.group_domain, self.group_tokens, statistic, debias=any(self.debiased), blocks=stats.BLOCKS
         )
 
-    def expected_kl(self, delta: Mapping[str, float] | ArrayLike, *, tau: float = 1.0, normalise: str = "spread") -> float:
-        """Expected KL(w || w of an unsketched G) in nats; 0 with rows kept whole."""
-        if self.k is None:
-            return 0.0
-        d = align(delta, self.domains, "delta")
-        ridge = self.ridge if self.ridge is not None else adjusted_direction(self.gram, d, normalise=normalise).ridge
+    def expected_kl(
+        self,
+        delta: Mapping[str, float] | ArrayLike,
+        *,
+        tau: float = 1.0,
+        normalise: str = "spread",
+        ridge: float | Literal["auto"] = "auto",
+    ) -> float:
+        """Expected KL(w || w of an unsketched G) in nats, by the sketch; 0 with rows kept whole."""
+        d, amount = self._problem(delta, ridge)
         return stats.expected_weight_kl(
-            self.gram, d, self.k, tau, normalise=normalise, ridge=ridge, sketched=self.sketched
-        )  # fmt: skip
+            self.gram, d, self.effective_k, tau, normalise=normalise, ridge=amount, sketched=self.sketched
+        )
 
     def summary(self) -> str:
         """One line for people: mode, size, expected error, condition, what was not debiased."""
@@ -160,7 +178,7 @@ class GramEstimate:
         parts.append(f"condition {self.condition:.3g}")
         if self.ridge is not None:
             parts.append(f"ridge {self.ridge * len(self.domains) / max(np.trace(self.gram), 1e-300):.3g} tr G / K")
-        if naive and any(self.debiased):
+        if naive and self.extra.get("debias", True):
             parts.append(f"not debiased: {', '.join(naive)}")
         return ", ".join(parts) + f" ({self.seconds:.1f} s)"
 

@@ -207,16 +207,26 @@ def auto_ridge(
     return float(fractions[best] * unit)
 
 
-def relative_error(n_domains: int, k: int) -> float:
+def effective_size(k: int, n_params: int) -> float:
+    """`k / (1 - k / P)`, which stands for k in the formulas: entries of one chunk of k never meet; with P <= k none do (inf)."""
+    return k / (1 - k / n_params) if n_params > k else float("inf")
+
+
+def relative_error(n_domains: int, k: float) -> float:
     """`sqrt(E |dv|_G^2) / |v|_G = sqrt((K + 1) / k)` for v = G^-1 Delta from a sketch of size k, whatever G's conditioning is."""
     return float(np.sqrt((n_domains + 1) / _size(k)))
 
 
-def inverse_bias(n_domains: int, k: int) -> float:
-    """Factor by which E[G_hat^-1] is too large: k / (k - K - 1), of an inverse Wishart matrix; InputError for k <= K + 1."""
-    if _size(k) <= n_domains + 1:
-        raise InputError(f"a sketch of size {k} is too small for {n_domains} domains: it needs k > K + 1")
-    return k / (k - n_domains - 1)
+def rounding_error(gram: ArrayLike, variance: ArrayLike) -> float:
+    """`sqrt(E |dv|_G^2 / E |v|_G^2)` for v = G^-1 Delta, entries of G having independent errors of `variance` [K, K].
+
+    dv = -G^-1 E v, with v of covariance G^-1 (all directions alike in the norm of G):
+    `sum_ij Var_ij (A_ii A_jj + A_ij^2) / K`, A = G^-1.
+    """
+    g = psd_clip(gram)
+    inverse = np.linalg.inv(g + np.eye(len(g)) * max(float(np.trace(g)), 1e-300) / len(g) / MAX_CONDITION)
+    each = np.outer(inverse.diagonal(), inverse.diagonal()) + inverse**2
+    return float(np.sqrt(np.sum(np.asarray(variance) * each) / len(g)))
 
 
 def size_for(n_domains: int, target_kl: float, spread: float = 1.0) -> int:
@@ -232,12 +242,13 @@ def size_for(n_domains: int, target_kl: float, spread: float = 1.0) -> int:
     """
     if not target_kl > 0 or not np.isfinite(spread) or n_domains < 1:
         raise InputError(f"size_for needs target_kl > 0, a finite spread and K >= 1, got {target_kl}, {spread}, {n_domains}")
-    needed = (n_domains + 1) * max(float(spread) ** 2 / (2 * target_kl), 4.0)
-    return 1 << int(np.ceil(np.log2(needed) - 1e-12))
+    half_bits = np.log2(max(abs(float(spread)), 1e-300)) - np.log2(2 * target_kl) / 2  # of a spread whose square may overflow
+    needed = np.log2(n_domains + 1) + max(2 * half_bits, 2.0)
+    return 1 << int(np.ceil(needed - 1e-12))
 
 
 def direction_covariance(
-    gram: ArrayLike, delta: ArrayLike, k: int, *, normalise: str = "none", ridge: Ridge = 0.0, sketched: ArrayLike | None = None
+    gram: ArrayLike, delta: ArrayLike, k: float, *, normalise: str = "none", ridge: Ridge = 0.0, sketched: ArrayLike | None = None
 ) -> Array:
     """Covariance [K, K] of v by a sketch of size k, to first order in 1/k; for v = G^-1 Delta `[(Delta^T v) G^-1 + v v^T] / k`.
 
@@ -273,7 +284,7 @@ def direction_covariance(
 def expected_weight_kl(
     gram: ArrayLike,
     delta: ArrayLike,
-    k: int,
+    k: float,
     tau: float,
     weights: ArrayLike | None = None,
     *,
@@ -389,7 +400,13 @@ class GramErrors(NamedTuple):
 
 
 def gram_standard_errors(
-    products: ArrayLike, domain: ArrayLike, tokens: ArrayLike, k: int | None = None, *, debias: bool = True, blocks: int = BLOCKS
+    products: ArrayLike,
+    domain: ArrayLike,
+    tokens: ArrayLike,
+    k: float | None = None,
+    *,
+    debias: bool = True,
+    blocks: int = BLOCKS,
 ) -> GramErrors:
     """Standard errors of what `domain_gram` returns: texts by jackknife, sketch of size k by formula.
 
@@ -429,7 +446,7 @@ def _vector(values: ArrayLike, size: int) -> Array:
     return array
 
 
-def _size(k: int) -> int:
-    if k < 1:
+def _size(k: float) -> float:
+    if not k >= 1:
         raise InputError(f"the sketch size must be >= 1, got {k}")
     return k

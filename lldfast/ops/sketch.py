@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,9 +49,9 @@ def check_k(k: int) -> int:
     Raises:
         InputError: naming k.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1 or k & (k - 1):
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1 or k & (k - 1):
         raise InputError(f"k, the size of a sketch, must be a power of two, got {k!r}")
-    return k
+    return int(k)
 
 
 def tile_plan(first: int, count: int, k: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
