@@ -99,8 +99,8 @@ class Collector:
         for name, p in parameters.items():
             if getattr(p, "_post_accumulate_grad_hooks", None):
                 raise InputError(
-                    f"parameter {name!r} has a post-accumulate-grad hook (another collector, or an optimiser step in the backward "
-                    "pass?): take it off before collecting gradients"
+                    f"parameter {name!r} has a post-accumulate-grad hook (another collector, or an optimiser step in the "
+                    "backward pass?): take it off before collecting gradients"
                 )
         for sink in sinks:
             size, layout = getattr(sink, "n_params", self.layout.size), getattr(sink, "layout", None)
