@@ -382,13 +382,14 @@ def plot(groups: list[dict[str, Any]], path: str) -> None:
     if group is None:
         raise SystemExit("there is no error table to draw")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for name in dict.fromkeys(r["method"] for r in group["rows"]):
+    for i, name in enumerate(dict.fromkeys(r["method"] for r in group["rows"])):
         rows = sorted((r for r in group["rows"] if r["method"] == name), key=lambda r: r["k"])
-        style: dict[str, Any] = {"label": name, "marker": "o", "markersize": 4, "linewidth": 2.2 if name == "XOR-fold" else 1.2}
+        style: dict[str, Any] = {"label": name, "marker": "o", "markersize": 4, "color": f"C{i}"}
+        style["linewidth"] = 2.2 if name == "XOR-fold" else 1.2
         if name not in BYTES:
             axes[0].plot([r["k"] for r in rows], [r["error_g"] for r in rows], **style)
         if "error_own" in rows[0]:
-            axes[0].plot([r["k"] for r in rows], [r["error_own"] for r in rows], ":", label=f"{name}, of its own")
+            axes[0].plot([r["k"] for r in rows], [r["error_own"] for r in rows], ":", color=f"C{i}", label=f"{name}, of its own")
         error = [max(r["error_g"], 1e-7) for r in rows]
         axes[1].plot([r["bytes"] / 2**20 for r in rows], error, **(style | ({"marker": "s"} if name in BYTES else {})))
     line = sorted({(r["k"], r["formula"]) for r in group["rows"] if r["method"] == "XOR-fold"})

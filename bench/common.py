@@ -274,7 +274,8 @@ def hardware(device: str) -> dict[str, Any]:
 def write(out: str | None, groups: list[dict[str, Any]], o: argparse.Namespace) -> None:
     """After every group, so that a run that is cut off leaves what it has."""
     if out:
-        options = {key: value for key, value in vars(o).items() if key != "out"}
+        places = ("out", "work", "plot", "data")  # of one machine: a file's name says enough
+        options = {key: Path(str(value)).name if key in places and value else value for key, value in vars(o).items()}
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         found = {"hardware": hardware(o.device), "options": options, "groups": groups}
         Path(out).write_text(json.dumps(found, indent=1, default=str) + "\n")
