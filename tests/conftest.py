@@ -13,6 +13,7 @@ import torch
 
 from lldfast.backends import extension
 from lldfast.data.shards import ShardWriter, TokenShards, write_manifest
+from lldfast.ops import native
 
 # Programs that tests start must import the installed package too, not the checkout they are started in, which has no extension.
 os.environ["PYTHONSAFEPATH"] = "1"
@@ -66,6 +67,18 @@ def force_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]
         monkeypatch.setattr(module, "choose", choose)
 
     return force
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """threads(n): the C++ kernels use n, whatever the work; 2 until it is called. Random numbers start from seed 0."""
+    torch.manual_seed(0)
+
+    def use(n: int) -> None:
+        monkeypatch.setattr(native, "_threads", lambda work: n)
+
+    use(2)
+    return use
 
 
 @pytest.fixture(scope="session")

@@ -11,20 +11,9 @@ from lldfast.ops.chunks import Outputs
 from lldfast.ops.logprob import reference
 
 C = extension()
-pytestmark = pytest.mark.skipif(C is None, reason="lldfast._C is not built")
+pytestmark = [pytest.mark.skipif(C is None, reason="lldfast._C is not built"), pytest.mark.usefixtures("threads")]
 ISAS = [isa for isa in ([] if C is None else C.supported_isas()) if isa != "amx"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    torch.manual_seed(0)
-
-    def use(n):
-        monkeypatch.setattr(native, "_threads", lambda work: n)
-
-    use(2)
-    return use
 
 
 def forward(logits, labels, isa, rows=None, vocab=None, extra=True, **options):

@@ -10,21 +10,10 @@ from lldfast.ops import native
 from lldfast.ops.sketch import reference
 
 C = extension()
-pytestmark = pytest.mark.skipif(C is None, reason="lldfast._C is not built")
+pytestmark = [pytest.mark.skipif(C is None, reason="lldfast._C is not built"), pytest.mark.usefixtures("threads")]
 ISAS = [isa for isa in ([] if C is None else C.supported_isas()) if isa != "amx"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = 0xFEDCBA9876543210
-
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    torch.manual_seed(0)
-
-    def use(n):
-        monkeypatch.setattr(native, "_threads", lambda work: n)
-
-    use(2)
-    return use
 
 
 def check(threads, out, g, offset, isa, counts=(1, 2, 5), scale=None, dots=()):

@@ -9,6 +9,8 @@ from lldfast.ops import native, sketch_outer
 from lldfast.ops.sketch import fold
 from lldfast.ops.sketch_outer import fold_outer, fold_rows, reference, rows_reference
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 C = extension()
 ISAS = [isa for isa in ([] if C is None else C.supported_isas()) if isa != "amx"]
 needs_cpp = pytest.mark.skipif(C is None, reason="lldfast._C is not built")
@@ -27,17 +29,6 @@ SHAPES = [
     (1, 64, 130, 191, 1 << 18, 2**33 - 5000),
     (1, 9, 4100, 3, 1 << 13, 8191),
 ]
-
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    torch.manual_seed(0)
-
-    def use(n):
-        monkeypatch.setattr(native, "_threads", lambda work: n)
-
-    use(2)
-    return use
 
 
 def make(samples, tokens, width, rows, dtype=torch.float32):

@@ -44,11 +44,6 @@ class Estimate:
         return self.gram[np.ix_(index, index)]
 
 
-def kl(p: np.ndarray, q: np.ndarray) -> float:
-    some = p > 0
-    return float((p[some] * np.log(p[some] / q[some])).sum())
-
-
 @pytest.mark.parametrize(("tau", "domains"), [(0.1, 2.5), (1.0, 14.8), (10.0, 17.0)])
 def test_golden_effective_domains(tau, domains):
     w = lld_weights(np.linspace(0, 1.8, 17), tau=tau)

@@ -138,9 +138,7 @@ def estimate(
         amount = stats.auto_ridge(products, group_domain, group_tokens, shift, debias=debias)
     errors = None
     if any(len(parts) > 1 for parts in split.values()):
-        found = stats.gram_standard_errors(
-            products, group_domain, group_tokens, size if rows is None else None, debias=debias
-        )  # fmt: skip
+        found = stats.gram_standard_errors(products, group_domain, group_tokens, size if rows is None else None, debias=debias)
         errors = found.total
     drift = None
     if made is not None:
