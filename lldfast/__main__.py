@@ -76,6 +76,19 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.set_defaults(execute=run_score)
 
+    p = commands.add_parser("teach", help="a teacher's top-k next-token log-probabilities on token shards -> cache for distillation")
+    p.add_argument("model", help="as for score")
+    p.add_argument("--data", required=True, help="a prepared folder")
+    p.add_argument("--out", required=True, help="cache folder to make")
+    p.add_argument("--k", type=int, default=64, help="ids kept per token; the mass of the others is kept as one number")
+    p.add_argument("--block-size", type=int, required=True, help="tokens per window, as in the training that uses the cache")
+    p.add_argument("--domains", nargs="+", help="cache only these")
+    p.add_argument("--max-windows", type=int, help="cache only the first so many windows of each domain")
+    p.add_argument("--batch-tokens", type=int, default=16_384)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.set_defaults(execute=run_teach)
+
     p = commands.add_parser("kl", help="eq. (2) between scored models, in bits per byte")
     p.add_argument("vectors", nargs="+", help="Parquet files of `lldfast score`")
     p.set_defaults(execute=run_kl)
@@ -191,6 +204,35 @@ def run_score(o: argparse.Namespace) -> None:
     for name, value in vector.by_domain().items():
         print(f"{name:24}  {value:9.4f} nats/token")
     print(f"wrote {o.out}")
+
+
+def run_teach(o: argparse.Namespace) -> None:
+    from lldfast.data.teachercache import TeacherCache
+    from lldfast.experiment import pick_device, resolve_location
+    from lldfast.teach import teach
+
+    cache = TeacherCache(
+        teach(
+            resolve_location(o.model),
+            o.data,
+            o.out,
+            k=o.k,
+            block_size=o.block_size,
+            batch_tokens=o.batch_tokens,
+            domains=o.domains,
+            max_windows=o.max_windows,
+            device=pick_device(o.device, "--device"),
+            dtype=o.dtype,
+        )
+    )
+    width = max(len("domain"), *map(len, cache.domains))
+    print(f"{'domain':{width}}  {'windows':>10}  {'other mass':>10}  {'entropy >=':>10}  {'MiB':>9}")
+    for name in cache.domains:
+        mass, entropy = cache.statistics(name)
+        size = cache.n_bytes(name) / 2**20
+        print(f"{name:{width}}  {cache.windows[name]:>10,}  {mass:>10.4f}  {entropy:>10.4f}  {size:>9,.1f}")
+    print(f"k {cache.k} of {cache.vocab_size} ids, windows of {cache.block_size} tokens; entropy in nats, the other ids taken for one")
+    print(f"wrote {cache.path}")
 
 
 def run_gram(o: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ BACKENDS = ("torch", "cpp", "triton", "cuda")
 IMPLEMENTATIONS: dict[str, list[str]] = {
     "logprob": ["triton", "cuda", "cpp", "torch"],
     "linear_logprob": ["triton", "cpp", "torch"],
+    "distill": ["triton", "cpp", "torch"],
     "sketch": ["triton", "cuda", "cpp", "torch"],
     "sketch_outer": ["triton", "cpp", "torch"],
     "gather": ["cpp", "numpy"],

@@ -32,6 +32,7 @@ FLOORS = {
     "lldfast.train": 4,
     "lldfast.experiment": 4,
     "lldfast.summary": 4,
+    "lldfast.teach": 4,
     "lldfast.modelmap": 4,
     "lldfast.report": 4,
     "lldfast.report_figures": 4,

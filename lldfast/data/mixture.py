@@ -5,7 +5,7 @@ Which sequence comes next in a domain, and which domain comes next, are two sepa
 - The j-th sequence of a domain is a function of (seed, domain name, j) alone. A domain's tokens are a ring (it begins and ends at
   a document boundary), cut into W = tokens // block_size windows at a random offset and visited in a random order, both new
   in every epoch. So runs with one seed see the same texts in the same order whatever their weights, and a change of weights
-  loses and repeats nothing within an epoch.
+  loses and repeats nothing within an epoch. `aligned` leaves the offset at 0, for what was computed for fixed windows.
 - The domain of each row comes from uniforms keyed by (seed, step), which are the same whatever the weights: methods are
   compared under common random numbers.
 
@@ -32,11 +32,14 @@ _ROUNDS = 12  # with fewer the orders of a domain of a few windows are visibly u
 
 
 class Batch(NamedTuple):
-    """One optimiser step of one rank: tokens x [B, T], next tokens y [B, T] (int64), and each row's index into `domains` [B]."""
+    """One optimiser step of one rank: tokens x [B, T], next tokens y [B, T] (int64); of each row the index into `domains` [B],
+    and the position of its first token in that domain's shard [B] (int64).
+    """
 
     x: torch.Tensor
     y: torch.Tensor
     domain: np.ndarray
+    start: np.ndarray
 
 
 class DomainMixture:
@@ -54,12 +57,16 @@ class DomainMixture:
         seed: decides texts and draws.
         rank, world_size: this process's contiguous slice of every step.
         backend: "auto", "cpp" or "numpy" for reading the tokens; all give the same bits.
+        aligned: windows begin at multiples of block_size in every epoch; their order is still new in each.
+        windows: {domain: n}, with `aligned` only: visit the first n windows of each domain (a domain not named has none), as a
+            teacher cache has them; default all.
 
     Attributes: domains (list of names, the shards' order), weights (float64 [K] in that order, normalised), step, consumed
     ({domain: sequences drawn, over all ranks}).
 
     Raises:
-        InputError: weights or sizes are wrong, or a domain with weight > 0 has fewer than block_size + 1 tokens.
+        InputError: weights, sizes or windows are wrong, or a domain with weight > 0 has fewer than block_size + 1 tokens or no
+            window to visit.
     """
 
     def __init__(
@@ -75,6 +82,8 @@ class DomainMixture:
         rank: int = 0,
         world_size: int = 1,
         backend: str = "auto",
+        aligned: bool = False,
+        windows: Mapping[str, int] | None = None,
     ) -> None:
         for name, value in (("block_size", block_size), ("batch_size", batch_size), ("world_size", world_size)):
             if not isinstance(value, (int, np.integer)) or value < 1:
@@ -100,6 +109,9 @@ class DomainMixture:
         self._addresses = np.array([tokens.ctypes.data for tokens in self._tokens], dtype=np.int64)
         self._sizes = np.array([len(tokens) for tokens in self._tokens], dtype=np.int64)
         self._windows = self._sizes // block_size
+        self.aligned = aligned
+        if windows is not None:
+            self._windows = self._limited(windows)
         # Draws go over the names in sorted order, so they do not depend on the order of the manifest.
         self._sorted = np.argsort(np.array(self.domains, dtype=object), kind="stable")
         self._epochs: dict[tuple[int, int], tuple[int, int]] = {}
@@ -135,7 +147,22 @@ class DomainMixture:
                 raise InputError(
                     f"domain {domain!r} has weight {value:g} but only {size} tokens; block_size {self.block_size} needs more"
                 )
+        for domain, value, n in zip(self.domains, values, self._windows):
+            if value > 0 and n < 1:
+                raise InputError(f"domain {domain!r} has weight {value:g}, but windows= leaves it none to visit")
         self.weights = values / total
+
+    def _limited(self, windows: Mapping[str, int]) -> np.ndarray:
+        """Windows to visit in each domain, int64 [K]."""
+        if not self.aligned:
+            raise InputError("windows= counts windows from the beginning of a domain: it needs aligned=True")
+        for domain, n in windows.items():
+            if domain not in self.domains:
+                raise InputError(f"windows name the unknown domain {domain!r}; {self.shards.path} has: {', '.join(self.domains)}")
+            most = int(self._windows[self.domains.index(domain)])
+            if not isinstance(n, (int, np.integer)) or not 0 <= n <= most:
+                raise InputError(f"windows of domain {domain!r} must be an integer in [0, {most}], not {n!r}")
+        return np.array([windows.get(domain, 0) for domain in self.domains], dtype=np.int64)
 
     def _by_name(self, weights: Mapping[str, float]) -> np.ndarray:
         unknown = sorted(set(weights) - set(self.domains))
@@ -159,10 +186,11 @@ class DomainMixture:
         index = np.empty(self.batch_size, dtype=np.int64)
         index[order] = np.arange(self.batch_size) + np.repeat(self._cursors - (np.cumsum(counts) - counts), counts)
         mine = domain[self._rows]
-        x, y = self._gather(mine, self._starts(mine, index[self._rows]))
+        start = self._starts(mine, index[self._rows])
+        x, y = self._gather(mine, start)
         self._cursors += counts
         self.step += 1
-        return Batch(x, y, mine)
+        return Batch(x, y, mine, start)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -191,6 +219,8 @@ class DomainMixture:
         keys = np.empty((2, len(domain)), dtype=np.uint64)
         for row, pair in enumerate(zip(domain.tolist(), epoch.tolist())):
             keys[:, row] = self._epoch_keys(*pair)
+        if self.aligned:
+            return permute(position, windows, keys[1]) * self.block_size
         offset = (keys[0] % self._sizes[domain].astype(np.uint64)).astype(np.int64)
         return (offset + permute(position, windows, keys[1]) * self.block_size) % self._sizes[domain]
 
@@ -229,14 +259,22 @@ class DomainMixture:
             "seed": self.seed,
             "block_size": self.block_size,
             "corpus_hash": self.shards.corpus_hash,
+            "aligned": self.aligned,
+            "windows": self._visited(),
         }
+
+    def _visited(self) -> dict[str, int] | None:
+        """Windows of each domain where they are fewer than all, else None."""
+        if np.array_equal(self._windows, self._sizes // self.block_size):
+            return None
+        return {domain: int(n) for domain, n in zip(self.domains, self._windows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken; batch size, draw and number of ranks may have changed.
 
         Raises:
-            InputError: another corpus, seed, block size or set of domains, under which the cursors would mean other texts; or
-                not a state of `state_dict`.
+            InputError: another corpus, seed, block size, alignment, windows or set of domains, under which the cursors would
+                mean other texts; or not a state of `state_dict`.
         """
         lacking = [key for key in ("corpus_hash", "seed", "block_size", "cursors", "weights", "step") if key not in state]
         if lacking:
@@ -244,6 +282,12 @@ class DomainMixture:
         for key, own in (("corpus_hash", self.shards.corpus_hash), ("seed", self.seed), ("block_size", self.block_size)):
             if state[key] != own:
                 raise InputError(f"cannot resume: {key} was {state[key]} and is now {own}")
+        # States from before there were aligned windows lack both keys.
+        aligned, windows = state.get("aligned", False), state.get("windows")
+        if aligned != self.aligned:
+            raise InputError(f"cannot resume: aligned was {aligned} and is now {self.aligned}")
+        if windows != self._visited():
+            raise InputError(f"cannot resume: windows were {windows or 'all'} and are now {self._visited() or 'all'}")
         cursors, weights = state["cursors"], self._by_name(state["weights"])
         if set(cursors) != set(self.domains):
             raise InputError(f"cannot resume: the cursors are of {sorted(cursors)}, the domains are {sorted(self.domains)}")

@@ -214,7 +214,7 @@ def _(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest
 
 
 @torch.library.custom_op("lldfast::linear_cross_entropy_backward", mutates_args=())
-def _scale(
+def scale_grads(
     g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, dh: Tensor, dw: Tensor, db: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sum times the upstream g, in the inputs' dtypes.
@@ -224,7 +224,7 @@ def _scale(
     return (dh * g).to(hidden.dtype), (dw * g).to(weight.dtype), (db * g).to(db.dtype if bias is None else bias.dtype)
 
 
-@_scale.register_fake
+@scale_grads.register_fake
 def _(
     g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, dh: Tensor, dw: Tensor, db: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,12 +240,23 @@ def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _cross_entropy_autograd(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, *sums = ctx.saved_tensors
-    dh, dw, db = _scale(g, hidden, weight, bias, *sums)
+    dh, dw, db = scale_grads(g, hidden, weight, bias, *sums)
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     return (dh if need_hidden else None, dw if need_weight else None, None, db if need_bias else None, *[None] * 10)
 
 
 _cross_entropy.register_autograd(_cross_entropy_autograd, setup_context=_cross_entropy_setup)
+
+
+def autocast_factors(hidden: Tensor, weight: Tensor, precision: str | None) -> tuple[Tensor, Tensor, str | None]:
+    """Hidden states, weight and precision; under autocast those that a linear layer would multiply by. Sums stay in fp32."""
+    device = hidden.device.type
+    if precision is None and device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        if dtype == torch.bfloat16:
+            return hidden, weight, "bf16"
+        return hidden.to(dtype), weight.to(dtype), None
+    return hidden, weight, precision
 
 
 def _prepare(
@@ -266,14 +277,7 @@ def _prepare(
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise InputError(f"weight has shape {tuple(weight.shape)}, but hidden has width {hidden.shape[-1]}: it must be [V, d]")
     check_bias(bias, weight.shape[0])
-    device = hidden.device.type
-    if precision is None and device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        # What a linear layer would multiply here; its sums stay in fp32.
-        dtype = torch.get_autocast_dtype(device)
-        if dtype == torch.bfloat16:
-            precision = "bf16"
-        else:
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight, precision = autocast_factors(hidden, weight, precision)
     flat = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() != 2 else hidden
     return flat, weight, labels.reshape(-1), precision
 

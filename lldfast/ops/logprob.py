@@ -90,19 +90,7 @@ def check_inputs(
     vocab_start: int,
 ) -> None:
     """Refuse what cannot be scored, with a message that names the argument. `rows` is the shape that labels must have."""
-    for name, tensor in [*inputs.items(), ("labels", labels)]:
-        if tensor is None:
-            continue
-        if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
-            raise InputError(f"{name} is a DTensor: pass its local part (to_local()), with vocab_start for a vocabulary shard")
-        if name != "labels" and not tensor.is_floating_point():
-            raise InputError(f"{name} must be a floating-point tensor, not {tensor.dtype}")
-        if tensor.device != labels.device:
-            raise InputError(f"{name} is on {tensor.device} but labels are on {labels.device}")
-    if labels.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"labels must be int32 or int64, not {labels.dtype}")
-    if tuple(labels.shape) != tuple(rows):
-        raise InputError(f"labels have shape {tuple(labels.shape)}, the inputs have {tuple(rows)} tokens")
+    check_tensors(inputs, labels, rows)
     for name, number in (("softcap", softcap), ("logit_scale", logit_scale)):
         if isinstance(number, Tensor):
             raise InputError(f"{name} must be a number: to learn a scale, multiply the hidden states (and the bias) by it")
@@ -112,6 +100,26 @@ def check_inputs(
         raise InputError(f"logit_scale must be finite, not {logit_scale}")
     if vocab_start < 0 or (valid_vocab is not None and valid_vocab < 1):
         raise InputError(f"vocab_start must be >= 0 and valid_vocab >= 1, not {vocab_start} and {valid_vocab}")
+
+
+def check_tensors(inputs: dict[str, Tensor | None], labels: Tensor | None, rows: Sequence[int]) -> None:
+    """Refuse inputs that are no floating-point tensors on one device, and labels that are no integers of shape `rows`."""
+    present = {name: x for name, x in (*inputs.items(), ("labels", labels)) if x is not None}
+    where = "labels" if labels is not None else next(iter(present))
+    for name, tensor in present.items():
+        if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
+            raise InputError(f"{name} is a DTensor: pass its local part (to_local()), with vocab_start for a vocabulary shard")
+        if name != "labels" and not tensor.is_floating_point():
+            raise InputError(f"{name} must be a floating-point tensor, not {tensor.dtype}")
+        if tensor.device != present[where].device:
+            verb = "are" if where == "labels" else "is"
+            raise InputError(f"{name} is on {tensor.device} but {where} {verb} on {present[where].device}")
+    if labels is None:
+        return
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"labels must be int32 or int64, not {labels.dtype}")
+    if tuple(labels.shape) != tuple(rows):
+        raise InputError(f"labels have shape {tuple(labels.shape)}, the inputs have {tuple(rows)} tokens")
 
 
 def check_bias(bias: Tensor | None, vocab: int) -> None:

@@ -1,0 +1,225 @@
+"""The custom ops behind `distill_loss`: both models' logits in row chunks of a byte budget, the gradient in the same sweep.
+
+A chunk's logits are products of hidden states and heads; a backend's kernel turns the student's into their gradient in place, and
+two more products give dH and dW, summed in fp32. So a loss with its gradient costs four matrix products, as few as there can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lldfast.ops import distill_rows
+from lldfast.ops.chunks import accumulate_dtype, transform_
+from lldfast.ops.distill_logits import kept
+from lldfast.ops.distill_spec import SPEC, Spec
+from lldfast.ops.linear_logprob import scale_grads
+from lldfast.ops.torch_linear import LEAST_ROWS, Grads, product
+
+# Rows of a 16-bit head that are widened at a time where the device cannot multiply it as it is.
+WIDENED_ROWS = 4096
+
+HEADS = (
+    "float? softcap, float logit_scale, float? teacher_softcap, float teacher_logit_scale, str? precision, str? teacher_precision"
+)
+_INPUTS = f"Tensor h, Tensor w, Tensor th, Tensor tw, Tensor? labels, Tensor? bias, Tensor? teacher_bias, {HEADS}, {SPEC}"
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
+
+
+class Heads(NamedTuple):
+    """Options of the two heads, then those of the loss."""
+
+    softcap: float | None
+    logit_scale: float
+    teacher_softcap: float | None
+    teacher_logit_scale: float
+    precision: str | None
+    teacher_precision: str | None
+
+
+class Factors:
+    """A head's real rows for matrix products with fp32 sums, and a buffer of logits that every chunk reuses.
+
+    A head whose dtype the device cannot multiply is widened block by block: a copy of it all would cost more than the logits.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, precision: str | None) -> None:
+        self.dtype = accumulate_dtype(hidden, weight)
+        self.narrow = torch.bfloat16 if precision == "bf16" else None
+        self.weight = weight[:vocab]
+        self.bias = None if bias is None else bias[:vocab].to(self.dtype)
+        kinds = {x.dtype if self.narrow is None else self.narrow for x in (hidden, weight)}
+        # CUDA multiplies 16-bit factors into fp32; a CPU would round the logits to 16 bits, so it gets fp32 factors.
+        wide = hidden.device.type == "cuda" and len(kinds) == 1 and next(iter(kinds)).itemsize == 2
+        self.factor = next(iter(kinds)) if wide else self.dtype
+        self.as_it_is = weight.dtype == self.factor and (self.narrow is None or self.narrow == weight.dtype)
+        self.buffer: Tensor | None = None
+
+    def cast(self, x: Tensor) -> Tensor:
+        return (x if self.narrow is None else x.to(self.narrow)).to(self.factor)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        vocab = len(self.weight)
+        step = vocab if self.as_it_is else WIDENED_ROWS
+        for first in range(0, vocab, step):
+            part = slice(first, min(first + step, vocab))
+            yield part, self.cast(self.weight[part])
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h W^T [R, V] in the buffer, which the caller may overwrite."""
+        vocab = len(self.weight)
+        if self.buffer is None or len(self.buffer) < len(h):
+            # Rows of whole cache lines: aligned stores, and GPU libraries are slow on others.
+            self.buffer = h.new_empty((len(h), -(-vocab // 16) * 16), dtype=self.dtype)
+        z = self.buffer[: len(h), :vocab]
+        for part, w in self.blocks():
+            product(h, w.T, z[:, part])
+        return z
+
+    def add_grads(self, dz: Tensor, h: Tensor, grads: Grads, rows: slice | Tensor) -> None:
+        """dH[rows] = dz W, dW += dz^T h, dbias += sum dz; sums in fp32, dz in the dtype of the factors."""
+        if grads.bias.numel():
+            grads.bias[: len(self.weight)] += dz.sum(0)
+        dz = dz.to(h.dtype)
+        dh = grads.hidden.new_zeros(len(dz), self.weight.shape[1]) if grads.hidden.numel() else None
+        for part, w in self.blocks():
+            if dh is not None:
+                product(dz[:, part], w, dh, add=True)
+            if grads.weight.numel():
+                product(dz[:, part].T, h, grads.weight[part], add=True)
+        if dh is not None:
+            grads.hidden[rows] = dh
+
+
+def sweep(
+    spec: Spec, heads: Heads, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, bias: Tensor | None,
+    teacher_bias: Tensor | None, g_divergence: Tensor | None, g_ce: Tensor | None, grads: Grads | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(divergence [T], cross entropy [T]); with g_divergence and g_ce [T] the gradients of their weighted sum go to grads."""
+    vocab_s, vocab_t = distill_rows.vocabularies(spec, len(w), len(tw))
+    student = Factors(h, w, bias, vocab_s, heads.precision)
+    teacher = Factors(th, tw, teacher_bias, vocab_t, heads.teacher_precision)
+    dtype = accumulate_dtype(h, w, th, tw)
+    divergence, ce = h.new_zeros(len(h), dtype=dtype), h.new_zeros(len(h), dtype=dtype)
+    rows = kept(spec, labels, vocab_s)
+    count, least = len(h) if rows is None else len(rows), 1 if spec.chunk_bytes else LEAST_ROWS
+    for chunk in distill_rows.pieces(count, max(vocab_s, vocab_t), dtype.itemsize, distill_rows.budget(spec, h.device), least):
+        at = chunk if rows is None else rows[chunk]
+        x = student.cast(h[at])
+        z = transform_(student.logits(x), student.bias, heads.softcap, heads.logit_scale)
+        zt = transform_(teacher.logits(teacher.cast(th[at])), teacher.bias, heads.teacher_softcap, heads.teacher_logit_scale)
+        y = None if labels is None else labels[at].long()
+        if grads is None or g_divergence is None or g_ce is None:
+            divergence[at], ce[at] = distill_rows.run(spec, z, zt, y, None, None, None)
+            continue
+        slope = None if heads.softcap is None else (z / heads.softcap).square_().neg_().add_(1)
+        divergence[at], ce[at] = distill_rows.run(spec, z, zt, y, g_divergence[at], g_ce[at], z)
+        if slope is not None:
+            z.mul_(slope)
+        if heads.logit_scale != 1.0:
+            z.mul_(heads.logit_scale)
+        student.add_grads(z, x, grads, at)
+    return divergence, ce
+
+
+def _unpack(rest: tuple[Any, ...]) -> tuple[Heads, Spec]:
+    return Heads(*rest[: len(Heads._fields)]), Spec(*rest[len(Heads._fields) :])
+
+
+@torch.library.custom_op("lldfast::distill_linear", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+def forward(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Divergence and cross entropy of each token [T], 0 where ignored; no gradient is computed here."""
+    bias, teacher_bias, *options = rest
+    heads, spec = _unpack(tuple(options))
+    return sweep(spec, heads, h, w, th, tw, labels, bias, teacher_bias, None, None, None)
+
+
+@forward.register_fake
+def _(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(h, w, th, tw)
+    return h.new_empty(h.shape[0], dtype=dtype), h.new_empty(h.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op(
+    "lldfast::distill_linear_grads",
+    mutates_args=(),
+    schema=f"(Tensor g_divergence, Tensor g_ce, {_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def with_grads(
+    g_divergence: Tensor, g_ce: Tensor, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Divergence and cross entropy [T], and the gradients dH, dW, dbias, fp32, of their sum weighted by g_divergence and g_ce."""
+    bias, teacher_bias, *options = rest
+    heads, spec = _unpack(tuple(options[:-3]))
+    grads = Grads.zeros(h, w, accumulate_dtype(h, w, th, tw), *options[-3:])
+    return (*sweep(spec, heads, h, w, th, tw, labels, bias, teacher_bias, g_divergence, g_ce, grads), *grads)
+
+
+@with_grads.register_fake
+def _(
+    g_divergence: Tensor, g_ce: Tensor, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(h, w, th, tw)
+    return h.new_empty(h.shape[0], dtype=dtype), h.new_empty(h.shape[0], dtype=dtype), *Grads.zeros(h, w, dtype, *rest[-3:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    h, w, th, tw, labels, bias, teacher_bias, *ctx.options = inputs
+    ctx.save_for_backward(h, w, th, tw, labels, bias, teacher_bias)
+
+
+def _autograd(ctx: Any, g_divergence: Tensor | None, g_ce: Tensor | None) -> tuple[Tensor | None, ...]:
+    """With an upstream gradient per token, which the forward cannot know: the logits are computed again."""
+    h, w, th, tw, labels, bias, teacher_bias = ctx.saved_tensors
+    dtype = accumulate_dtype(h, w, th, tw)
+    gs = [h.new_zeros(len(h), dtype=dtype) if g is None else g.contiguous() for g in (g_divergence, g_ce)]
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5])
+    *_, dh, dw, db = with_grads(*gs, h, w, th, tw, labels, bias, teacher_bias, *ctx.options, *needs)
+    out = [None] * (7 + len(ctx.options))
+    for place, needed, grad, like in ((0, needs[0], dh, h), (1, needs[1], dw, w), (5, needs[2], db, bias)):
+        out[place] = grad.to(like.dtype) if needed else None
+    return tuple(out)
+
+
+forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op(
+    "lldfast::distill_linear_sum",
+    mutates_args=(),
+    schema=f"(Tensor weights, float ce_weight, {_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def weighted_sum(weights: Tensor, ce_weight: float, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """sum_t weights_t (divergence_t + ce_weight ce_t), divergence and ce [T], and the gradients of the sum: one sweep."""
+    divergence, ce, *grads = with_grads(weights, weights * ce_weight, h, *rest)
+    total = (weights.double() * divergence.double()).sum() + ce_weight * (weights.double() * ce.double()).sum()
+    return total.to(divergence.dtype), divergence, ce, *grads
+
+
+@weighted_sum.register_fake
+def _(weights: Tensor, ce_weight: float, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(h, w, th, tw)
+    out = [h.new_empty(shape, dtype=dtype) for shape in ((), h.shape[:1], h.shape[:1])]
+    return *out, *Grads.zeros(h, w, dtype, *rest[-3:])
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, h, w, _, _, _, bias, *_ = inputs
+    ctx.count = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(h, w, bias, *output[3:])
+
+
+def _sum_autograd(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    h, w, bias, *grads = ctx.saved_tensors
+    scaled = scale_grads(g, h, w, bias, *grads)
+    out: list[Tensor | None] = [None] * ctx.count
+    for place, grad in zip((2, 3, 7), scaled, strict=True):
+        out[place] = grad if ctx.needs_input_grad[place] else None
+    return tuple(out)
+
+
+weighted_sum.register_autograd(_sum_autograd, setup_context=_sum_setup)
