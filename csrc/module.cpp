@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/distill.h"
 #include "cpu/linear_logprob.h"
 #include "cpu/logprob.h"
 #include "cpu/sketch.h"
@@ -134,6 +135,43 @@ lldfast::LinearLogprobArgs linear_args(const MatrixTuple& hidden, uintptr_t rows
           integers(labels), floats(bias),   softcap, logit_scale, precision_of(precision), threads};
 }
 
+// assistant, a, lam, order, divergence, x, y, detach, temperature, ce, numbered as in lldfast/ops/distill_spec.py.
+using SpecTuple = std::tuple<int, double, double, int, int, double, double, bool, double, bool>;
+
+lldfast::DistillSpec distill_spec(const SpecTuple& spec) {
+  const auto [assistant, a, lam, order, divergence, x, y, detach, temperature, ce] = spec;
+  if (assistant < 0 || assistant > 5 || order < 0 || order > 3 || divergence < 0 || divergence > 2) {
+    throw py::value_error("distill: assistant, order or divergence is out of range");
+  }
+  return {static_cast<lldfast::Assistant>(assistant),
+          a,
+          lam,
+          static_cast<lldfast::Order>(order),
+          static_cast<lldfast::Divergence>(divergence),
+          x,
+          y,
+          detach,
+          temperature,
+          ce};
+}
+
+// gradient: addresses of the coefficients of divergence and cross entropy, and where it goes; 0: none.
+void distill_rows(const MatrixTuple& student, int64_t student_vocab, const MatrixTuple& teacher, int64_t teacher_vocab,
+                  int64_t rows, uintptr_t labels, const SpecTuple& spec, uintptr_t g_divergence, uintptr_t g_ce,
+                  uintptr_t divergence, uintptr_t ce, const MatrixTuple& out, int threads, const std::string& isa) {
+  check_sizes(rows, student_vocab, threads);
+  check_sizes(rows, teacher_vocab, threads);
+  const lldfast::DistillArgs args = {matrix(student), student_vocab,    matrix(teacher),    teacher_vocab,
+                                     rows,            integers(labels), distill_spec(spec), threads};
+  const lldfast::DistillOut results = {reinterpret_cast<float*>(divergence), reinterpret_cast<float*>(ce),
+                                       floats(g_divergence), floats(g_ce), mutable_matrix(out)};
+  if (args.spec.ce && labels == 0) throw py::value_error("distill_rows: cross entropy needs labels");
+  if (results.out.data != nullptr && g_divergence == 0) throw py::value_error("distill_rows: out needs g_divergence");
+  const lldfast::Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  lldfast::distill_rows(chosen, args, results);
+}
+
 std::array<double, 1 + lldfast::kSketchDots> sketch_fold(uintptr_t g, const std::string& dtype, int64_t n,
                                                          int64_t offset, uintptr_t out, int64_t k, uint64_t seed,
                                                          uintptr_t scale, uintptr_t dot0, uintptr_t dot1, int threads,
@@ -219,6 +257,7 @@ PYBIND11_MODULE(_C, m) {
       "Fill x and y (addresses of int64 [rows, length]) with windows and next tokens; None, or (row, position, token) "
       "of the first token id at or above vocab_size.");
 
+  m.def("distill_rows", &distill_rows, "Distillation loss per row of logits, and its gradient (csrc/cpu/distill.h).");
   m.def("sketch_fold", &sketch_fold, "Add the XOR-fold of g to out; |g scale|^2 and two inner products (csrc/cpu/sketch.h).");
   m.def("sketch_outer", &sketch_outer, "Add the fold of b^T a of each sample to its sketch (csrc/cpu/sketch_outer.h).");
   m.def("sketch_rows", &sketch_rows, "Add rows with a place in the flat space to sketches (csrc/cpu/sketch_outer.h).");

@@ -18,6 +18,9 @@ _NAMES = {
     "linear_cross_entropy": "lldfast.ops.linear_logprob",
     "logprob": "lldfast.ops.logprob",
     "merge_vocab_shards": "lldfast.ops.logprob",
+    "distill_loss": "lldfast.ops.distill",
+    "distill_loss_from_logits": "lldfast.ops.distill",
+    "distill_loss_topk": "lldfast.ops.distill",
     "SegmentSums": "lldfast.ops.segments",
     "score": "lldfast.loglik",
     "delta": "lldfast.loglik",
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
     from lldfast.loglik import LoglikVector, delta, score
     from lldfast.models.gpt import GPT, GPTConfig
     from lldfast.models.scorer import Scorer, load_scorer
+    from lldfast.ops.distill import distill_loss, distill_loss_from_logits, distill_loss_topk
     from lldfast.ops.linear_logprob import linear_cross_entropy, linear_logprob
     from lldfast.ops.logprob import logprob, merge_vocab_shards
     from lldfast.ops.segments import SegmentSums

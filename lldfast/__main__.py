@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.set_defaults(execute=run_score)
 
-    p = commands.add_parser("teach", help="a teacher's top-k next-token log-probabilities on token shards -> cache for distillation")
+    p = commands.add_parser("teach", help="a teacher's top-k next-token log-probabilities on shards -> cache for distillation")
     p.add_argument("model", help="as for score")
     p.add_argument("--data", required=True, help="a prepared folder")
     p.add_argument("--out", required=True, help="cache folder to make")
@@ -88,6 +88,23 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.set_defaults(execute=run_teach)
+
+    p = commands.add_parser("generate", help="text that a model writes for every domain -> token shards to train on")
+    p.add_argument("model", help="as for score")
+    p.add_argument("--data", required=True, help="a prepared folder: the prompts come from its shards")
+    p.add_argument("--out", required=True, help="data folder to make")
+    p.add_argument("--tokens", type=int, required=True, help="tokens of each domain, prompts included")
+    p.add_argument("--prompt-tokens", type=int, default=16)
+    p.add_argument("--length", type=int, help="most tokens of a document (default: the model's context)")
+    p.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token always")
+    p.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this share only")
+    p.add_argument("--batch-size", type=int, default=32, help="documents generated together")
+    p.add_argument("--domains", nargs="+", help="only these")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.set_defaults(execute=run_generate)
 
     p = commands.add_parser("kl", help="eq. (2) between scored models, in bits per byte")
     p.add_argument("vectors", nargs="+", help="Parquet files of `lldfast score`")
@@ -231,7 +248,7 @@ def run_teach(o: argparse.Namespace) -> None:
         mass, entropy = cache.statistics(name)
         size = cache.n_bytes(name) / 2**20
         print(f"{name:{width}}  {cache.windows[name]:>10,}  {mass:>10.4f}  {entropy:>10.4f}  {size:>9,.1f}")
-    print(f"k {cache.k} of {cache.vocab_size} ids, windows of {cache.block_size} tokens; entropy in nats, the other ids taken for one")
+    print(f"{cache.k} of {cache.vocab_size} ids, windows of {cache.block_size} tokens; entropy in nats, the others taken for one")
     print(f"wrote {cache.path}")
 
 
@@ -281,6 +298,35 @@ def run_gram(o: argparse.Namespace) -> None:
     if shift is not None and found.k is not None:
         print(f"expected KL of the weights by the sketch: {found.expected_kl(shift, tau=o.tau):.2g} nats")
     print(f"wrote {o.out}")
+
+
+def run_generate(o: argparse.Namespace) -> None:
+    from lldfast.experiment import pick_device, resolve_location
+    from lldfast.files import read_json
+    from lldfast.generate import generate
+
+    out = generate(
+        resolve_location(o.model),
+        o.data,
+        o.out,
+        tokens=o.tokens,
+        prompt_tokens=o.prompt_tokens,
+        length=o.length,
+        temperature=o.temperature,
+        top_k=o.top_k,
+        top_p=o.top_p,
+        batch_size=o.batch_size,
+        domains=o.domains,
+        seed=o.seed,
+        device=pick_device(o.device, "--device"),
+        dtype=o.dtype,
+    )
+    counts = read_json(out / "generate.json")["domains"]
+    width = max(len("domain"), *map(len, counts))
+    print(f"{'domain':{width}}  {'documents':>10}  {'tokens':>13}  {'mean length':>11}")
+    for name, n in counts.items():
+        print(f"{name:{width}}  {n['documents']:>10,}  {n['tokens']:>13,}  {n['tokens'] / n['documents']:>11.1f}")
+    print(f"wrote {out}")
 
 
 def run_kl(o: argparse.Namespace) -> None:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import yaml
 
 from lldfast.errors import InputError
-from lldfast.rules import RULES, Rule
+from lldfast.methods import DistillConfig, parse_method
+from lldfast.rules import Rule
 from lldfast.schedule import estimation_steps
 
 DEFAULT_RECIPE = "demo"
@@ -266,6 +267,7 @@ class Config:
     target: TargetConfig = field(default_factory=TargetConfig)
     lld: LLDConfig = field(default_factory=LLDConfig)
     gram: GramConfig = field(default_factory=GramConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -319,17 +321,21 @@ class Config:
             raise InputError("methods is empty: nothing to train")
         if len(set(self.methods)) != len(self.methods):
             raise InputError(f"methods repeats a name: {self.methods}")
-        for method in self.methods:
-            spec = parse_method(method)
-            if spec.rule and not (self.target.model or self.target.mixture) and not (self.lld.pass1 and spec.passes == 2):
-                raise InputError(f"method {method!r} needs target.model (or target.mixture)")
+        parsed = [parse_method(name) for name in self.methods]
+        self.distill.check(parsed)
+        has_target = bool(self.target.model or self.target.mixture)
+        for spec in parsed:
+            if spec.rule and not has_target and not (lld.pass1 and spec.passes == 2):
+                raise InputError(f"method {spec.name!r} needs target.model (or target.mixture)")
+            if spec.distilled and not (has_target or self.distill.teacher or self.distill.cache):
+                raise InputError(f"method {spec.name!r} needs a teacher: target.model, target.mixture, distill.teacher or .cache")
             if spec.rule:  # now, not after the methods before it
                 lld.rule(spec.rule)
                 estimation_steps(t.steps, every=lld.every, dense_until=lld.dense_until)
             if spec.stages == 2 and max(1, round(t.steps * lld.split)) >= t.steps:
-                raise InputError(f"method {method!r}: train.steps {t.steps} at lld.split {lld.split} leaves no second stage")
-            if method == "fixed" and self.lld.weights is None:
-                raise InputError("method 'fixed' needs lld.weights, a weights file")
+                raise InputError(f"method {spec.name!r}: train.steps {t.steps} at lld.split {lld.split} leaves no second stage")
+            if spec.mixture == "fixed" and lld.weights is None:
+                raise InputError(f"method {spec.name!r} needs lld.weights, a weights file")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
@@ -347,44 +353,6 @@ def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         section = isinstance(value, dict) and isinstance(defaults.get(key), dict)
         merged[key] = _over(defaults[key], value) if section else value
     return merged
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method name means: `rule` is None for weights fixed beforehand, `passes` is 2 when pass 1 comes first."""
-
-    name: str
-    rule: str | None = None
-    passes: int = 1
-    stages: int = 1
-
-
-FIXED_METHODS = ("uniform", "proportional", "fixed", "ground-truth")
-
-
-def parse_method(name: str) -> Method:
-    """Methods: uniform, proportional, fixed (lld.weights), ground-truth (the target's known mixture); a rule (iterative,
-    spread, mirror, adjusted, adjusted-spread, adjusted-trust, adjusted-fit); `RULE-aggregated` and `RULE-two-stage`, which
-    train anew with the fixed weights of that rule's pass 1 ("aggregated" and "two-stage" alone mean iterative, the paper's;
-    "mirror-fixed" is an alias of "mirror-aggregated").
-
-    Raises:
-        InputError: unknown name; the message lists what there is.
-    """
-    if name in FIXED_METHODS:
-        return Method(name)
-    if name in RULES:
-        return Method(name, name)
-    if name in ("aggregated", "two-stage"):
-        return Method(name, "iterative", 2, 1 if name == "aggregated" else 2)
-    for suffix, stages in (("-aggregated", 1), ("-fixed", 1), ("-two-stage", 2)):
-        if name.endswith(suffix) and name[: -len(suffix)] in RULES:
-            return Method(name, name[: -len(suffix)], 2, stages)
-    rules = ", ".join(RULES)
-    raise InputError(
-        f"unknown method {name!r}: choose from {', '.join(FIXED_METHODS)}; {rules}; aggregated, two-stage; "
-        "RULE-aggregated (or RULE-fixed), RULE-two-stage"
-    )
 
 
 def recipe_path(name: str) -> Path:
@@ -429,11 +397,13 @@ def parse_config(argv: list[str], prog: str = "lldfast train") -> Config:
             else:
                 names = value.strip("[] ").split(",")
                 args.append("--methods=[" + ", ".join(name.strip().strip("'\"") for name in names) + "]")
-        elif key in ("--data.source", "--lld.tau", "--lld.tau_end"):
+        elif key in ("--data.source", "--lld.tau", "--lld.tau_end", "--distill.alpha"):
             value = value or next(rest, "")
             if key == "--data.source" and not value.startswith("["):
                 value = json.dumps([value])  # a single file needs no brackets
-            args.append(f"{key}={'.inf' if value == 'inf' else value}")  # YAML spells it with a dot, people do not
+            args.append(
+                f"{key}={'.inf' if value == 'inf' else '-.inf' if value == '-inf' else value}"
+            )  # YAML spells it with a dot, people do not
         else:
             args.append(arg)
     if recipe is None and not any(arg.split("=")[0] == "--config" for arg in args):

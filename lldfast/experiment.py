@@ -26,16 +26,18 @@ from lldfast.config import Config, with_defaults
 from lldfast.data.evalset import EvalSet
 from lldfast.data.prepare import prepare
 from lldfast.data.shards import TokenShards
+from lldfast.data.teachercache import TeacherCache
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.divergence import finite, kl, nll_gap, true_kl, weight_kl
 from lldfast.errors import InputError, MissingDependencyError
 from lldfast.files import atomic_path, read_json, write_json
 from lldfast.loglik import LoglikVector, score
+from lldfast.methods import parse_method
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig, read_gpt_json
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.schedule import estimation_steps
 from lldfast.weights import simplex
-from lldfast.weightsfile import disclosure, load_weights
+from lldfast.weightsfile import disclosure, distillation_disclosure, load_weights
 
 # Configuration that may change between two calls on one run folder without making its results incomparable.
 FREE_SETTINGS = ("out", "methods", "log", "recipe")
@@ -115,6 +117,7 @@ class Experiment:
     base_identity: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    _teacher: Scorer | TeacherCache | None = None
 
     @classmethod
     def open(cls, config: Config, methods: list[str]) -> Experiment:
@@ -197,6 +200,36 @@ class Experiment:
         """Texts and target log-likelihoods that weights are estimated on."""
         assert self.target is not None
         return self.evalset.select("estimate"), self.target.select("estimate")
+
+    def teacher(self) -> Scorer | TeacherCache:
+        """The teacher of the distilled methods, opened once: the target unless the configuration names another.
+
+        Raises:
+            InputError: another tokenizer than the data's (both are named), a context shorter than the student's, or a cache of
+                other data.
+        """
+        d, block_size = self.config.distill, self.model_config().block_size
+        if self._teacher is not None:
+            return self._teacher
+        if d.cache:
+            cache = TeacherCache(resolve_location(d.cache))
+            cache.check(self.shards, block_size)
+            self._teacher = cache
+            return cache
+        spec = d.teacher or self.config.target.model
+        assert spec is not None  # Config.check asked
+        device = self.device if d.device is None else pick_device(d.device, "distill.device")
+        scorer = self.target_scorer
+        if scorer is None or d.teacher or device != self.device or d.dtype != self.config.target.dtype:
+            scorer = load_scorer(resolve_location(spec), device=device, dtype=d.dtype)
+        self.shards.check_tokenizer(scorer.tokenizer.describe(), f"teacher {scorer.name}")
+        if scorer.context_length < block_size:
+            raise InputError(
+                f"teacher {scorer.name} has a context of {scorer.context_length} tokens and model.block_size is {block_size}: it "
+                "must see what the student sees"
+            )
+        self._teacher = scorer
+        return scorer
 
     def measured_steps(self) -> set[int]:
         """Steps of S thinned to about `measure.times`; empty without a target."""
@@ -282,7 +315,8 @@ class Experiment:
 
     def describe(self, methods: list[str]) -> dict[str, Any]:
         """experiment.json."""
-        estimated = any(m not in ("uniform", "proportional", "fixed", "ground-truth") for m in methods)
+        parsed = [parse_method(name) for name in methods]
+        estimated, distilled = any(m.rule for m in parsed), any(m.distilled for m in parsed)
         prepared = Path(self.shards.path)
         provenance = next((p for p in (prepared / "prepare.json", prepared.parent / "prepare.json") if p.exists()), None)
         return {
@@ -311,8 +345,14 @@ class Experiment:
             "versions": versions(),
             "device": f"{self.device}, {self.dtype}".replace("torch.", ""),
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "disclosure": disclosure("log-likelihood difference" if estimated else None, self.target_identity),
+            "disclosure": disclosure("log-likelihood difference" if estimated else None, self.target_identity)
+            + (distillation_disclosure(teacher_identity(self.teacher())) if distilled else ""),
         }
+
+
+def teacher_identity(teacher: Scorer | TeacherCache) -> dict[str, Any]:
+    """Who taught, for provenance; a cache recorded it."""
+    return teacher.teacher if isinstance(teacher, TeacherCache) else teacher.identity
 
 
 def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:

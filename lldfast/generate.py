@@ -20,7 +20,6 @@ domain. OUT appears by a single rename at the end.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -38,11 +37,11 @@ from lldfast.data.encode import token_hash
 from lldfast.data.evalset import EvalSet
 from lldfast.data.mixture import permute
 from lldfast.data.prepare import verify
-from lldfast.data.shards import ShardWriter, TokenShards, write_manifest
+from lldfast.data.shards import ShardWriter, TokenShards, bad_token_error, write_manifest
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
-from lldfast.models.decode import choose, decoder_of
+from lldfast.models.decode import choose, decoder_of, draw_levels
 from lldfast.models.scorer import UNLIMITED, Scorer, load_scorer
 from lldfast.ops.philox import check_seed
 
@@ -108,26 +107,16 @@ def generate(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     _check_arguments(prompt_tokens, temperature, top_k, top_p, seed)
-    source = read_json(shards.path.parent / "prepare.json")
-    if not isinstance(source, dict) or not isinstance(source.get("held_out"), list):
-        raise CorruptError(f"{shards.path.parent / 'prepare.json'}: held_out is missing")
-    evalset = EvalSet.load(shards.path.parent / "eval.parquet").select(domains=list(wanted))
-
+    source, evalset = _source(shards)
+    evalset = evalset.select(domains=list(wanted))
     given = isinstance(model_or_scorer, Scorer)
     scorer = model_or_scorer if given else load_scorer(model_or_scorer, device=device, dtype=dtype)
     shards.check_tokenizer(scorer.tokenizer.describe(), f"model {scorer.name}")
-    sampling = Sampling(
-        prompt_tokens,
-        _length(length, prompt_tokens, scorer),
-        float(temperature),
-        top_k,
-        float(top_p),
-        seed,
-        _first_token(scorer),
-        min(scorer.vocab_size, shards.vocab_size),
-    )
-    if scorer.vocab_size < shards.tokenizer.get("vocab_size", shards.vocab_size):
-        raise InputError(f"model {scorer.name} has {scorer.vocab_size} ids, the tokenizer of {shards.path} more")
+    length = _length(length, prompt_tokens, scorer)
+    first, vocab = _first_token(scorer), min(scorer.vocab_size, shards.vocab_size)
+    sampling = Sampling(prompt_tokens, length, float(temperature), top_k, float(top_p), seed, first, vocab)
+    if scorer.vocab_size < shards.vocab_size:
+        raise InputError(f"model {scorer.name} has {scorer.vocab_size} ids, the tokenizer of {shards.path} {shards.vocab_size}")
     identity = scorer.identity
     config = {
         "model": {key: identity[key] for key in ("hash", "dtype")},
@@ -139,23 +128,16 @@ def generate(
         return out
     work = out.parent / f".{out.name}.generate"
     with folder_lock(work):
-        done = work / "progress.json"
         try:
             if not _is_done(out, config):
-                entries = _generated(
-                    scorer, shards, work, config, wanted, sampling, batch_size, set(source["held_out"]), progress
-                )
-                about = {
-                    "model": identity,
-                    "licence": identity["licence"],
-                    "batch_size": batch_size,
-                    "device": str(scorer.device),
-                }
-                _finish(work / "data", shards, evalset, source, entries, config, about)
+                found = _generated(scorer, shards, work, config, sampling, batch_size, set(source["held_out"]), progress)
+                about = {"model": identity, "licence": identity["licence"]}
+                about |= {"batch_size": batch_size, "device": str(scorer.device)}
+                _finish(work / "data", shards, evalset, source, found, config, about)
                 _publish(work / "data", out)
             shutil.rmtree(work)
         finally:
-            if work.exists() and not done.exists():  # nothing that could be resumed
+            if work.exists() and not (work / "progress.json").exists():  # nothing that could be resumed
                 shutil.rmtree(work)
     return out
 
@@ -177,6 +159,22 @@ def _tokens_by_domain(tokens: Any, domains: Iterable[str] | None, shards: TokenS
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"tokens must be an integer of at least 1, got {n!r} for domain {name!r}")
     return wanted
+
+
+def _source(shards: TokenShards) -> tuple[dict[str, Any], EvalSet]:
+    """prepare.json and the evaluation corpus of the folder that the prompts come from, made together with the shards."""
+    folder = shards.path.parent
+    record = read_json(folder / "prepare.json")
+    evalset = EvalSet.load(folder / "eval.parquet")
+    if not isinstance(record, dict) or not isinstance(record.get("held_out"), list):
+        raise CorruptError(f"{folder / 'prepare.json'}: held_out is missing")
+    if set(record.get("domains") or ()) != set(shards.domains):
+        raise CorruptError(f"{folder / 'prepare.json'}: the domains are not {shards.domains}")
+    for what, found in (("corpus_hash", shards.corpus_hash), ("evalset_hash", evalset.hash)):
+        if record.get(what) != found:  # then the shards may hold evaluation texts
+            there = f"{found}, but prepare.json says {record.get(what)}"
+            raise CorruptError(f"{folder}: {what} is {there}: files of two runs are mixed")
+    return record, evalset
 
 
 def _check_arguments(prompt_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> None:
@@ -228,7 +226,7 @@ def _check_same(folder: Path, record: Any, config: Mapping[str, Any]) -> None:
         raise CorruptError(f"{folder}: the record of what it was made with is missing or damaged")
     changed = [f"{key} = {there.get(key)!r}, now {value!r}" for key, value in config.items() if there.get(key) != value]
     if changed:
-        raise InputError(f"{folder} was made with another configuration ({', '.join(changed)}): choose another, or remove it")
+        raise InputError(f"{folder} was made with another configuration ({', '.join(changed)}): choose another out, or remove it")
 
 
 def _generated(
@@ -236,14 +234,13 @@ def _generated(
     shards: TokenShards,
     work: Path,
     config: Mapping[str, Any],
-    wanted: Mapping[str, int],
     sampling: Sampling,
     batch_size: int,
     held_out: set[str],
     progress: bool,
 ) -> dict[str, dict[str, Any]]:
     """{domain: {"entry": for the manifest, "counts": for generate.json}}; what an earlier run finished is kept."""
-    path = work / "progress.json"
+    path, wanted = work / "progress.json", config["tokens"]
     state = read_json(path) if path.exists() else {"config": dict(config), "domains": {}}
     _check_same(work, state, config)
     prompts = {name: Prompts(shards, name, sampling) for name in wanted if name not in state["domains"]}  # all errors now
@@ -300,7 +297,8 @@ def _write_domain(
             bar.update(min(len(document), max(0, wanted - counts["tokens"] + len(document))))
     repeated = max(0, index - prompts.n)
     if repeated:
-        same = "; without chance in the draw the same documents come again" if sampling.temperature == 0 else ""
+        greedy = sampling.temperature == 0 or sampling.top_k == 1
+        same = "; without chance in the draw the same documents come again" if greedy else ""
         warnings.warn(f"domain {domain!r} has {prompts.n} prompts for {index} documents: they repeat{same}", stacklevel=2)
     return {**counts, "prompts": prompts.n, "prompts_repeated": repeated}
 
@@ -310,7 +308,8 @@ def _documents(scorer: Scorer, prompts: Prompts, indices: range, domain: str) ->
     s, eot, device = prompts.sampling, prompts.eot, scorer.device
     text = np.full((len(indices), s.length), eot, np.int64)
     text[:, : s.prompt_tokens] = [prompts.tokens(i) for i in indices]
-    uniforms = torch.from_numpy(np.stack([uniform(s.seed, domain, i, s.length - s.prompt_tokens) for i in indices]))
+    shape = (s.length - s.prompt_tokens, draw_levels(s.vocab))
+    uniforms = torch.from_numpy(np.stack([uniform(s.seed, domain, i, shape) for i in indices]))
     first = np.full((len(indices), 0 if s.first is None else 1), s.first or 0, np.int64)
     ids = torch.from_numpy(np.concatenate((first, text[:, : s.prompt_tokens]), 1)).to(device)
     decoder = decoder_of(scorer, len(indices), first.shape[1] + s.length - 1, s.vocab)
@@ -354,9 +353,8 @@ class Prompts:
         self._pieces = np.cumsum(np.where(room >= 0, room // sampling.length + 1, 0))
         self.n = int(self._pieces[-1]) if len(self._pieces) else 0
         if self.n == 0:
-            raise InputError(
-                f"{self._file}: no document of domain {domain!r} has the {sampling.prompt_tokens} tokens of a prompt"
-            )
+            n = sampling.prompt_tokens
+            raise InputError(f"{self._file}: no document of domain {domain!r} has the {n} tokens of a prompt")
 
     def tokens(self, index: int) -> np.ndarray:
         """The prompt of document `index`, int64 [prompt_tokens]."""
@@ -368,16 +366,16 @@ class Prompts:
         start = int(self._offsets[document]) + (piece - before) * self.sampling.length
         found = self._tokens[start : start + self.sampling.prompt_tokens].astype(np.int64)
         if found.max() >= self._vocab:
-            raise CorruptError(
-                f"{self._file}: token id {found.max()} of domain {self.domain!r}, document {document} is not below {self._vocab}"
-            )
+            at = start + int(found.argmax())
+            raise bad_token_error(self._file, self.domain, at, int(found.max()), self._vocab)
         return found
 
 
-def uniform(seed: int, domain: str, document: int, n: int) -> np.ndarray:
-    """The numbers in [0, 1) that a document's tokens are drawn with, fp64 [n]: a Philox stream of its own."""
+def uniform(seed: int, domain: str, document: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The numbers in [0, 1) that a document's tokens are drawn with, fp64 of a shape: a Philox stream of its own."""
     generator = np.random.Philox(key=np.array(_key(seed, "sample", domain, document), np.uint64))
-    return (generator.random_raw(n) >> np.uint64(11)) * 2.0**-53  # not Generator.random: its stream may change with numpy
+    words = generator.random_raw(math.prod(shape))  # not Generator.random: its stream may change with numpy
+    return ((words >> np.uint64(11)) * 2.0**-53).reshape(shape)
 
 
 def _key(*parts: object) -> tuple[int, int]:

@@ -91,6 +91,7 @@ def teach(
             differs = TeacherCache(out).spec.difference(spec)
             if differs is not None:
                 raise InputError(f"{out} holds a teacher cache whose {differs}: choose another folder, or remove it")
+            (out / PROGRESS).unlink(missing_ok=True)  # of a run killed just after it had published
             return out
         with CacheWriter(out, spec) as writer:
             _write(scorer, shards, writer, int(batch_tokens), progress)

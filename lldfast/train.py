@@ -24,15 +24,17 @@ import numpy as np
 import torch
 
 from lldfast.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from lldfast.config import Config, Method, TargetConfig, parse_config, parse_method
+from lldfast.config import Config, TargetConfig, parse_config
 from lldfast.controller import LLDController
 from lldfast.data.mixture import DomainMixture
+from lldfast.data.teachercache import TeacherCache
 from lldfast.errors import InputError, TrainingError
-from lldfast.experiment import Experiment, open_data, resolve_location
+from lldfast.experiment import Experiment, open_data, resolve_location, teacher_identity
 from lldfast.files import folder_lock, write_json
-from lldfast.models.gpt import GPT
+from lldfast.methods import Method, parse_method
 from lldfast.models.scorer import Scorer
-from lldfast.ops.linear_logprob import linear_cross_entropy
+from lldfast.objective import Distillation, Objective, Rows, cross_entropy
+from lldfast.optimizer import make_optimizer
 from lldfast.rules import Rule, aggregation
 from lldfast.runlog import JsonlLog, RunLog
 from lldfast.schedule import estimation_steps, learning_rate
@@ -41,6 +43,7 @@ from lldfast.weightsfile import (
     combine,
     default_step_weights,
     disclosure,
+    distillation_disclosure,
     load_weights,
     read_weights_file,
     rule_fields,
@@ -86,15 +89,15 @@ def make_source(exp: Experiment, method: Method) -> Source:
     """
     config = exp.config
     uniform = {domain: 1 / len(exp.domains) for domain in exp.domains}
-    if method.name == "uniform":
+    if method.mixture == "uniform":
         return Source([(0, uniform)])
-    if method.name == "proportional":
+    if method.mixture == "proportional":
         return Source([(0, exp.shards.proportions())])
-    if method.name == "fixed":
+    if method.mixture == "fixed":
         return Source([(0, load_weights(resolve_location(str(config.lld.weights)), exp.domains))])
-    if method.name == "ground-truth":
+    if method.mixture == "ground-truth":
         if exp.ground_truth is None:
-            raise InputError("method 'ground-truth': the target's own mixture is not known; give target.weights")
+            raise InputError(f"method {method.name!r}: the target's own mixture is not known; give target.weights")
         return Source([(0, exp.ground_truth)])
     assert method.rule is not None
     if method.passes == 1:
@@ -133,15 +136,11 @@ def make_source(exp: Experiment, method: Method) -> Source:
     return Source(named, origin=file)
 
 
-def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only (norms and biases are left alone), fused where torch has it."""
-    t = config.train
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": t.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=t.learning_rate, betas=(t.beta1, t.beta2), eps=t.eps, fused=True)
+def make_objective(exp: Experiment, method: Method) -> Objective:
+    """What the method minimises; opens the teacher."""
+    if not method.distilled:
+        return cross_entropy
+    return Distillation(method, exp.config.distill, exp.teacher(), domains=exp.domains, steps=exp.config.train.steps)
 
 
 def train_method(exp: Experiment, name: str) -> None:
@@ -154,10 +153,13 @@ def train_method(exp: Experiment, name: str) -> None:
     method = parse_method(name)
     folder = exp.out / "methods" / name
     source = make_source(exp, method)
+    objective = make_objective(exp, method)
+    teacher = exp.teacher() if method.distilled else None
+    windows = teacher.windows if isinstance(teacher, TeacherCache) else None  # a recorded teacher knows these alone
     model = exp.new_model()
     forward = torch.compile(model) if t.compile else model
     scorer = Scorer.from_gpt(model, exp.tokenizer, name=f"{name}, seed {config.seed}")
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model, t)
     mixture = DomainMixture(
         exp.shards,
         source.stages[0][1] if source.stages else {domain: 1 / len(exp.domains) for domain in exp.domains},
@@ -166,6 +168,8 @@ def train_method(exp: Experiment, name: str) -> None:
         micro_batch_size=t.micro_batch_size,
         draw=t.draw,
         seed=config.seed,
+        aligned=windows is not None,
+        windows=windows,
     )
     start, seconds = 0, 0.0
     torch.manual_seed(config.seed)
@@ -216,13 +220,11 @@ def train_method(exp: Experiment, name: str) -> None:
         losses = []
         for i in range(micro_batches):
             part = slice(i * t.micro_batch_size, (i + 1) * t.micro_batch_size)
-            x, y = exp.to_device(batch.x[part]), exp.to_device(batch.y[part])
-            with exp.autocast():  # the mean gives the gradient, log-probabilities [B, T] only report domains apart
-                mean, logprob = linear_cross_entropy(
-                    forward(x), model.head_weight, y, valid_vocab=model.config.valid_vocab, return_logprob=True
-                )
+            rows = Rows(exp.to_device(batch.x[part]), exp.to_device(batch.y[part]), batch.domain[part], batch.start[part])
+            with exp.autocast():  # the mean gives the gradient, the tokens' losses [B, T] only report domains apart
+                mean, token_loss = objective(step, forward(rows.x), model.head_weight, model.config.valid_vocab, rows)
             (mean / micro_batches).backward()
-            losses.append(-logprob.mean(dim=1))
+            losses.append(token_loss.mean(dim=1))
         sequence_loss = torch.cat(losses).double().cpu().numpy()  # [batch_size]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), t.grad_clip or math.inf))
         loss = float(sequence_loss.mean())
@@ -320,6 +322,7 @@ def write_method_weights(exp: Experiment, method: Method, source: Source, folder
         "weights_se": None,
         "total_steps": exp.config.train.steps,
         "normalize": lld.normalize,
+        "objective": method.objective,
         **exp.provenance(),
     }
     controller = source.controller
@@ -350,6 +353,10 @@ def write_method_weights(exp: Experiment, method: Method, source: Source, folder
             fields["target"] = origin.get("target") or fields.get("target")
     target = fields.get("target") if fields["rule"] else None
     fields["disclosure"] = disclosure(fields["rule"], target)
+    if method.distilled:
+        taught = teacher_identity(exp.teacher())
+        fields["distillation"] = exp.config.distill.loss(method) | {"lam_end": exp.config.distill.lam_end, "teacher": taught}
+        fields["disclosure"] += distillation_disclosure(taught)
     save_weights(folder / "weights.json", weights, **fields)
 
 
@@ -414,6 +421,8 @@ def run(config: Config) -> Path:
             finished = (out / "methods" / method.name / "result.json").exists()
             if not finished and (method.passes == 1 or config.lld.pass1):
                 make_source(exp, method)
+            if not finished:
+                make_objective(exp, method)  # and so is a teacher that does not fit
         for name in methods:
             done = out / "methods" / name / "result.json"
             if done.exists():

@@ -34,6 +34,13 @@ def disclosure(rule: str | None, target: dict[str, Any] | None) -> str:
     )
 
 
+def distillation_disclosure(teacher: dict[str, Any]) -> str:
+    """What is to be published with a model that was distilled, behind `disclosure`."""
+    licence = teacher.get("licence") or "not stated: check its terms of use before using the model"
+    name = teacher.get("name", "unnamed")
+    return f" The model was trained on the output distribution of the teacher {name!r} (licence: {licence})."
+
+
 def save_weights(path: str | Path, weights: dict[str, float], **fields: Any) -> Path:
     """Write a weights file atomically. `fields` are provenance: rule, tau, trajectory, base, target, corpus_hash, seed, ..."""
     if not isinstance(weights, dict):

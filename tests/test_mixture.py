@@ -358,3 +358,92 @@ def test_states_and_weights_that_are_none(shards):
     name = shards.domains[0]
     with pytest.raises(InputError, match=r"the cursor of domain .* is -5"):
         mixture().load_state_dict({**state, "cursors": {**state["cursors"], name: -5}})
+
+
+def test_start_is_where_a_row_begins(shards):
+    for aligned in (False, True):
+        batch = (mix := mixture(shards, aligned=aligned)).next_batch()
+        assert batch.start.shape == (12,) and batch.start.dtype == np.int64
+        for x, y, k, first in zip(batch.x, batch.y, batch.domain, batch.start):
+            ring = np.take(shards.tokens(mix.domains[k]), np.arange(first, first + 17), mode="wrap")
+            assert x.tolist() == ring[:-1].tolist() and y.tolist() == ring[1:].tolist()
+    ranks = [mixture(shards, rank=rank, world_size=3).next_batch().start for rank in range(3)]
+    assert np.array_equal(np.concatenate(ranks), mixture(shards).next_batch().start)
+
+
+@pytest.mark.parametrize("windows", [None, {"a": 20}])
+def test_aligned_epochs_visit_every_window_once(tmp_path, make_shards, windows):
+    shards = make_shards(tmp_path, {"a": [np.arange(1000)], "b": [np.arange(50)]}, vocab_size=1001, eot=1000)
+    n = 62 if windows is None else 20
+    mix = mixture(shards, {"a": 1.0, "b": 0.0}, batch_size=n, aligned=True, windows=windows)
+    epochs = [mix.next_batch() for _ in range(3)]
+    for batch in epochs:
+        assert sorted(batch.start.tolist()) == [16 * w for w in range(n)]
+        assert batch.x[:, 0].tolist() == batch.start.tolist()  # the tokens are their own positions
+    assert len({tuple(batch.start.tolist()) for batch in epochs}) == 3  # the order is new in each
+    assert mix.epochs == {"a": 3.0, "b": 0.0}
+
+
+def test_the_last_aligned_window_wraps(tmp_path, make_shards):
+    shards = make_shards(tmp_path, {"a": [np.arange(31)]})
+    batch = mixture(shards, {"a": 1.0}, batch_size=2, aligned=True).next_batch()
+    last = batch.y[batch.start.tolist().index(16)]
+    assert last.tolist() == [*range(17, 31), 256, 0]
+
+
+def test_aligned_resume(shards):
+    limit = {"Prose": 5, "Code (Python)": 3, "DM/Maths": 2, "Ελληνικά": 1}
+    for options in ({"aligned": True}, {"aligned": True, "windows": limit}):
+        straight, broken = mixture(shards, **options), mixture(shards, **options)
+        for mix in (straight, broken):
+            mix.next_batch()
+        state = json.loads(json.dumps(broken.state_dict()))
+        resumed = mixture(shards, **options)
+        resumed.load_state_dict(state)
+        for _ in range(20):
+            a, b = straight.next_batch(), resumed.next_batch()
+            assert torch.equal(a.x, b.x) and np.array_equal(a.start, b.start)
+        with pytest.raises(InputError, match="cannot resume: aligned was True and is now False"):
+            mixture(shards).load_state_dict(state)
+        with pytest.raises(InputError, match="cannot resume: aligned was False and is now True"):
+            mixture(shards, **options).load_state_dict(mixture(shards).state_dict())
+    with pytest.raises(InputError, match=r"cannot resume: windows were \{'Prose': 5, .* and are now all"):
+        mixture(shards, aligned=True).load_state_dict(state)
+    with pytest.raises(InputError, match=r"cannot resume: windows were .* and are now .*'Prose': 4"):
+        mixture(shards, aligned=True, windows={**limit, "Prose": 4}).load_state_dict(state)
+    every = {domain: n // 16 for domain, n in shards.n_tokens.items()}
+    mixture(shards, aligned=True, windows=every).load_state_dict(mixture(shards, aligned=True).state_dict())
+
+
+def test_a_state_from_before_alignment(shards):
+    old = mixture(shards)
+    old.next_batch()
+    state = {key: value for key, value in old.state_dict().items() if key not in ("aligned", "windows")}
+    resumed = mixture(shards)
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.next_batch().x, old.next_batch().x)
+    with pytest.raises(InputError, match="aligned was False and is now True"):
+        mixture(shards, aligned=True).load_state_dict(state)
+
+
+def test_alignment_changes_no_bit_of_the_default(tmp_path, make_shards):
+    shards = make_shards(tmp_path, {"a": [np.arange(200)], "b": [np.arange(100)]})
+    batch = mixture(shards, {"a": 0.5, "b": 0.5}, batch_size=6).next_batch()
+    assert batch.domain.tolist() == [0, 1, 0, 1, 1, 0] and batch.start.tolist() == [131, 91, 35, 75, 27, 3]
+    assert [row[0] for row in batch.x.tolist()] == [131, 91, 35, 75, 27, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"windows": {"Prose": 1}}, "it needs aligned=True"),
+        ({"aligned": True, "windows": {"Pile-CC": 1}}, "windows name the unknown domain 'Pile-CC'"),
+        ({"aligned": True, "windows": {"Prose": -1}}, r"windows of domain 'Prose' must be an integer in \[0, \d+\], not -1"),
+        ({"aligned": True, "windows": {"Prose": 10**6}}, "windows of domain 'Prose' must be .* not 1000000"),
+        ({"aligned": True, "windows": {"Prose": 1.0}}, "windows of domain 'Prose' must be .* not 1.0"),
+        ({"aligned": True, "windows": {"Prose": 1}}, r"domain 'Code \(Python\)' has weight 0\.25, but windows= leaves it none"),
+    ],
+)
+def test_wrong_windows(shards, options, message):
+    with pytest.raises(InputError, match=message):
+        mixture(shards, **options)

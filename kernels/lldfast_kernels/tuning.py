@@ -71,7 +71,19 @@ _LINEAR: dict[tuple[str, str, torch.dtype, str], Tile] = {
     ("linear_logprob", "interpreter", torch.float32, _ANY): Tile(16, 64, 32, 192, 1, 1),
 }
 
-TABLE = _LOGPROB | _LINEAR
+# A row per program, swept up to four times; BLOCK_T, BLOCK_D and the split do not count. Few wide programs: two on a
+# multiprocessor keep 64 KiB of loads in flight, and of what all have read the L2 cache still has the most when they come back.
+# "distill_kl" has room for 16 bytes twice a thread and tensor; beside the temporaries of "distill" its sums allow only once.
+_DISTILL: dict[tuple[str, str, torch.dtype, str], Tile] = {
+    ("distill_kl", "gpu", torch.float32, _ANY): Tile(1, 4096, 0, 0, 16, 1),
+    ("distill_kl", "gpu", torch.bfloat16, _ANY): Tile(1, 4096, 0, 0, 16, 1),
+    ("distill_kl", "interpreter", torch.float32, _ANY): Tile(1, 64, 0, 0, 1, 1),
+    ("distill", "gpu", torch.float32, _ANY): Tile(1, 2048, 0, 0, 16, 1),
+    ("distill", "gpu", torch.bfloat16, _ANY): Tile(1, 4096, 0, 0, 16, 1),
+    ("distill", "interpreter", torch.float32, _ANY): Tile(1, 64, 0, 0, 1, 1),
+}
+
+TABLE = _LOGPROB | _LINEAR | _DISTILL
 
 
 def capability_class(capability: tuple[int, int] | None) -> str:

@@ -26,7 +26,7 @@ class GPTDecoder:
     Args:
         model: a GPT, on any device.
         batch: number of sequences.
-        length: most tokens of one, at most the block_size; decides the size of the buffers, 2 n_layer batch length n_embd numbers.
+        length: most tokens of one, at most the block_size; the buffers hold 2 n_layer batch length n_embd numbers.
         vocab: ids from here on get no logit; at most valid_vocab, which is the default.
 
     Raises:
@@ -114,7 +114,7 @@ class HFDecoder:
         return out.logits[:, -1, : self._vocab].float()
 
     def keep(self, rows: Tensor) -> bool:
-        """Go on with these sequences only, rows int64 [b] in their new order; whether that was done, or all rows are there still."""
+        """Go on with these sequences only, rows int64 [b] in their new order; False: all rows are there still."""
         if self._ids is not None:
             self._ids = self._ids[rows]
             return True
@@ -144,25 +144,41 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
     p = z.exp()
     if top_k is None and top_p >= 1:
         return p
-    values, order = p.sort(-1, descending=True, stable=True) if top_k is None else p.topk(min(top_k, p.shape[-1]))
+    values, order = p.sort(dim=-1, descending=True, stable=True) if top_k is None else p.topk(min(top_k, p.shape[-1]))
     kept = values.cumsum(-1) - values < top_p * values.sum(-1, keepdim=True) if top_p < 1 else torch.ones_like(values).bool()
-    # Back in the order of the ids: two tokens that rounding makes change ranks then keep their places in the draw.
+    # Back in the order of the ids: tokens that change ranks by rounding then keep their places in the draw.
     return torch.zeros_like(p).scatter_(-1, order, values * kept)
 
 
+def draw_levels(vocab: int) -> int:
+    """Random numbers that `draw` takes for a token: the depth of a binary tree over the ids."""
+    return max(1, (vocab - 1).bit_length())
+
+
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """One id for each row by the inverse of its distribution function: weights [B, V] >= 0, uniform [B] in [0, 1) -> int64 [B]."""
-    weights = weights.double()
-    total = weights.cumsum(-1)
-    # A parallel sum need not stand still where a weight is 0, and u * total may round up to the total: no id without weight is
-    # drawn even then.
-    hit = (total > uniform[:, None].double() * total[:, -1:]) & (weights > 0)
-    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).byte().argmax(-1)
-    return torch.where(hit.any(-1), hit.byte().argmax(-1), last)
+    """An id for each row in proportion to weights [B, V] >= 0, from uniform [B, draw_levels(V)] in [0, 1) -> int64 [B].
+
+    The ids are the leaves of a binary tree. From its root on, a number for each level says which half comes next. Weights that
+    are off by a share of e change the id with a probability of about e for every level, whatever V; one number and the
+    distribution function of all ids would move the bounds of every id behind a likely one, which for most ids is further than
+    they are wide.
+    """
+    levels = draw_levels(weights.shape[-1])
+    sums = [F.pad(weights.double(), (0, 2**levels - weights.shape[-1]))]
+    for _ in range(levels):
+        sums.append(sums[-1].unflatten(-1, (-1, 2)).sum(-1))
+    node = torch.zeros(len(weights), 1, dtype=torch.int64, device=weights.device)
+    for level in range(levels):
+        total, halves = sums[levels - level], sums[levels - level - 1]
+        left, right = halves.gather(-1, 2 * node), halves.gather(-1, 2 * node + 1)
+        # Never towards a half without weight, even where u * total is rounded up.
+        goes_right = (uniform[:, level, None].double() * total.gather(-1, node) >= left) & (right > 0)
+        node = 2 * node + goes_right
+    return node[:, 0]
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
-    """The next ids int64 [B] for logits [B, V] and uniform [B] in [0, 1); temperature 0 takes the likeliest (the first of equals)."""
+    """The next ids, int64 [B], for logits [B, V] and uniform [B, draw_levels(V)]; temperature 0: the first of the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
     return draw(probabilities(logits, temperature, top_k, top_p), uniform)

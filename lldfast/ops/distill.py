@@ -18,7 +18,7 @@ from lldfast.ops.chunks import accumulate_dtype
 from lldfast.ops.dispatch import check_precision, choose
 from lldfast.ops.distill_linear import Heads
 from lldfast.ops.distill_rows import vocabularies
-from lldfast.ops.distill_spec import Spec, resolve, settings
+from lldfast.ops.distill_spec import Spec, check_recorded, resolve, settings
 from lldfast.ops.linear_logprob import autocast_factors
 from lldfast.ops.logprob import check_bias, check_tensors
 
@@ -160,6 +160,21 @@ def _resolve(
     if chosen["ce_weight"] and labels is None:
         raise InputError(f"ce_weight={chosen['ce_weight']} needs labels")
     return resolve(**chosen, **options, backend=choose("distill", backend, *tensors))
+
+
+def _linear_loss(
+    h: Tensor, w: Tensor, rest: tuple[Any, ...], dtype: torch.dtype, ce_weight: float, labels: Tensor | None,
+    token_weights: Tensor | None, shape: torch.Size, reduction: str, return_tokens: bool,
+) -> Any:  # fmt: skip
+    """The reduced loss from the linear ops; rest: their arguments behind h [T, d] and w."""
+    spec, student_bias = Spec(*rest[-len(Spec._fields) :]), rest[3]
+    weights = _weights(labels, token_weights, spec.ignore_index, shape, h.new_zeros((), dtype=dtype))
+    on = torch.is_grad_enabled()
+    needs = [on and x is not None and x.requires_grad for x in (h, w, student_bias)]
+    if reduction == "none" or not any(needs):
+        return _finish(distill_linear.forward(h, w, *rest), None, weights, ce_weight, reduction, shape, return_tokens)
+    total, divergence, ce, *_ = distill_linear.weighted_sum(weights, ce_weight, h, w, *rest, *needs)
+    return _finish((divergence, ce), total, weights, ce_weight, reduction, shape, return_tokens)
 
 
 @overload
@@ -323,14 +338,78 @@ def distill_loss(  # type: ignore[misc]
     h, th = (x.reshape(-1, x.shape[-1]) for x in (h, th))
     y = None if labels is None else labels.reshape(-1)
     of_heads = Heads(softcap, logit_scale, teacher_softcap, teacher_logit_scale, student_precision, teacher_precision)
-    like = h.new_zeros((), dtype=accumulate_dtype(*tensors))
-    weights = _weights(labels, token_weights, ignore_index, shape, like)
     rest = (th, tw, y, student_bias, None if teacher_bias is None else teacher_bias.detach(), *of_heads, *spec)
-    on = torch.is_grad_enabled()
-    needs = [on and x is not None and x.requires_grad for x in (h, w, student_bias)]
-    if reduction == "none" or not any(needs):
-        tokens, total = distill_linear.forward(h, w, *rest), None
-    else:
-        total, *parts = distill_linear.weighted_sum(weights, chosen["ce_weight"], h, w, *rest, *needs)
-        tokens = (parts[0], parts[1])
-    return _finish(tokens, total, weights, chosen["ce_weight"], reduction, shape, return_tokens)
+    return _linear_loss(
+        h, w, rest, accumulate_dtype(*tensors), chosen["ce_weight"], labels, token_weights, shape, reduction, return_tokens
+    )
+
+
+@overload
+def distill_loss_topk(
+    student_hidden: Tensor, student_weight: Tensor, ids: Tensor, logprob: Tensor, left: Tensor, labels: Tensor | None = None,
+    *, return_tokens: Literal[False] = False, **options: Any,
+) -> Tensor: ...  # fmt: skip
+@overload
+def distill_loss_topk(
+    student_hidden: Tensor, student_weight: Tensor, ids: Tensor, logprob: Tensor, left: Tensor, labels: Tensor | None = None,
+    *, return_tokens: Literal[True], **options: Any,
+) -> tuple[Tensor, DistillTokens]: ...  # fmt: skip
+def distill_loss_topk(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    ids: Tensor,
+    logprob: Tensor,
+    left: Tensor,
+    labels: Tensor | None = None,
+    *,
+    preset: str | None = None,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    valid_vocab: int | None = None,
+    precision: str | None = None,
+    chunk_bytes: int | None = None,
+    return_tokens: bool = False,
+    **given: Any,
+) -> Tensor | tuple[Tensor, DistillTokens]:
+    """`distill_loss` against a teacher's recorded top k: ids and log-probabilities [..., k], log of the mass left [...].
+
+    The ids that were not recorded count as one event (lldfast.ops.distill_topk); k = V is exact. Settings of the loss and other
+    options as there. torch computes it on every device.
+
+    Raises:
+        InputError: as `distill_loss`; also for alpha >= 1 with lam in (0, 1), where the minimum is at p = q only if the teacher's
+            whole support is known, and for another temperature than that of the record, 1.
+    """
+    chosen = settings(preset, **given)
+    check_recorded(chosen)
+    shape = student_hidden.shape[:-1]
+    inputs = {
+        "student_hidden": student_hidden, "student_weight": student_weight, "logprob": logprob, "left": left,
+        "student_bias": student_bias,
+    }  # fmt: skip
+    check_tensors(inputs, labels, shape)
+    check_precision(precision)
+    if ids.is_floating_point() or ids.shape != logprob.shape or ids.shape[:-1] != shape or left.shape != shape:
+        raise InputError(
+            f"of {tuple(shape)} tokens ids (integers) and logprob must be [..., k] and left [...], not {ids.dtype} "
+            f"{tuple(ids.shape)}, {tuple(logprob.shape)}, {tuple(left.shape)}"
+        )
+    if student_weight.dim() != 2 or student_weight.shape[1] != student_hidden.shape[-1]:
+        raise InputError(f"student_weight has shape {tuple(student_weight.shape)}: it must be [V, {student_hidden.shape[-1]}]")
+    check_bias(student_bias, student_weight.shape[0])
+    vocab = len(student_weight) if valid_vocab is None else min(valid_vocab, len(student_weight))
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
+        raise InputError(f"ids of the teacher reach from {int(ids.min())} to {int(ids.max())}: the vocabulary is [0, {vocab})")
+    options = {"ignore_index": ignore_index, "valid_vocab": valid_vocab, "chunk_bytes": chunk_bytes}
+    spec = _resolve(labels, reduction, "torch", (student_hidden, student_weight), chosen, **options)
+    h, w, precision = autocast_factors(student_hidden, student_weight, precision)
+    th, tw, rest = (x.detach().reshape(-1, *x.shape[len(shape) :]) for x in (logprob, ids, left))
+    y = None if labels is None else labels.reshape(-1)
+    arguments = (th, tw, y, student_bias, rest, *Heads(softcap, logit_scale, None, 1.0, precision, None), *spec)
+    dtype = accumulate_dtype(student_hidden, student_weight, logprob)
+    flat = h.reshape(-1, h.shape[-1])
+    return _linear_loss(flat, w, arguments, dtype, chosen["ce_weight"], labels, token_weights, shape, reduction, return_tokens)

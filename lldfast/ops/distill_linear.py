@@ -6,13 +6,13 @@ two more products give dH and dW, summed in fp32. So a loss with its gradient co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lldfast.ops import distill_rows
+from lldfast.ops import distill_rows, distill_topk
 from lldfast.ops.chunks import accumulate_dtype, transform_
 from lldfast.ops.distill_logits import kept
 from lldfast.ops.distill_spec import SPEC, Spec
@@ -46,8 +46,10 @@ class Factors:
     A head whose dtype the device cannot multiply is widened block by block: a copy of it all would cost more than the logits.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, precision: str | None) -> None:
-        self.dtype = accumulate_dtype(hidden, weight)
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, precision: str | None, dtype: torch.dtype
+    ) -> None:
+        self.dtype = dtype
         self.narrow = torch.bfloat16 if precision == "bf16" else None
         self.weight = weight[:vocab]
         self.bias = None if bias is None else bias[:vocab].to(self.dtype)
@@ -94,35 +96,68 @@ class Factors:
             grads.hidden[rows] = dh
 
 
-def sweep(
-    spec: Spec, heads: Heads, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, bias: Tensor | None,
-    teacher_bias: Tensor | None, g_divergence: Tensor | None, g_ce: Tensor | None, grads: Grads | None,
+# (student logits [R, V_s], rows of the tokens, labels, g_divergence, g_ce, out) -> (divergence, ce): see distill_rows.run
+Rows = Callable[[Tensor, slice | Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+Upstream = tuple[Tensor, Tensor]
+
+
+def chunks(
+    spec: Spec, student: Factors, softcap: float | None, logit_scale: float, h: Tensor, labels: Tensor | None, vocab: int,
+    run: Rows, upstream: Upstream | None, grads: Grads | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(divergence [T], cross entropy [T]); with g_divergence and g_ce [T] the gradients of their weighted sum go to grads."""
-    vocab_s, vocab_t = distill_rows.vocabularies(spec, len(w), len(tw))
-    student = Factors(h, w, bias, vocab_s, heads.precision)
-    teacher = Factors(th, tw, teacher_bias, vocab_t, heads.teacher_precision)
-    dtype = accumulate_dtype(h, w, th, tw)
-    divergence, ce = h.new_zeros(len(h), dtype=dtype), h.new_zeros(len(h), dtype=dtype)
-    rows = kept(spec, labels, vocab_s)
+    """(divergence [T], cross entropy [T]) of the student's logits, chunk by chunk through `run`.
+
+    With upstream (g_divergence, g_ce), [T] each, gradients of their weighted sum are added to grads. vocab: a chunk's columns.
+    """
+    divergence, ce = h.new_zeros(len(h), dtype=student.dtype), h.new_zeros(len(h), dtype=student.dtype)
+    rows = kept(spec, labels, len(student.weight))
     count, least = len(h) if rows is None else len(rows), 1 if spec.chunk_bytes else LEAST_ROWS
-    for chunk in distill_rows.pieces(count, max(vocab_s, vocab_t), dtype.itemsize, distill_rows.budget(spec, h.device), least):
+    for chunk in distill_rows.pieces(count, vocab, student.dtype.itemsize, distill_rows.budget(spec, h.device), least):
         at = chunk if rows is None else rows[chunk]
         x = student.cast(h[at])
-        z = transform_(student.logits(x), student.bias, heads.softcap, heads.logit_scale)
-        zt = transform_(teacher.logits(teacher.cast(th[at])), teacher.bias, heads.teacher_softcap, heads.teacher_logit_scale)
+        z = transform_(student.logits(x), student.bias, softcap, logit_scale)
         y = None if labels is None else labels[at].long()
-        if grads is None or g_divergence is None or g_ce is None:
-            divergence[at], ce[at] = distill_rows.run(spec, z, zt, y, None, None, None)
+        if grads is None or upstream is None:
+            divergence[at], ce[at] = run(z, at, y, None, None, None)
             continue
-        slope = None if heads.softcap is None else (z / heads.softcap).square_().neg_().add_(1)
-        divergence[at], ce[at] = distill_rows.run(spec, z, zt, y, g_divergence[at], g_ce[at], z)
+        slope = None if softcap is None else (z / softcap).square_().neg_().add_(1)
+        divergence[at], ce[at] = run(z, at, y, upstream[0][at], upstream[1][at], z)
         if slope is not None:
             z.mul_(slope)
-        if heads.logit_scale != 1.0:
-            z.mul_(heads.logit_scale)
+        if logit_scale != 1.0:
+            z.mul_(logit_scale)
         student.add_grads(z, x, grads, at)
     return divergence, ce
+
+
+def sweep(
+    spec: Spec, heads: Heads, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, bias: Tensor | None,
+    teacher_bias: Tensor | None, upstream: Upstream | None, grads: Grads | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`chunks` with a teacher that is there, whose logits are made beside the student's, or with its recorded top k.
+
+    A recorded teacher comes as th = its largest log-probabilities [T, k], tw = their ids [T, k], teacher_bias = the log of what
+    is left [T].
+    """
+    vocab_s, vocab_t = distill_rows.vocabularies(spec, len(w), len(tw))
+    dtype = accumulate_dtype(h, w, th, tw)
+    student = Factors(h, w, bias, vocab_s, heads.precision, dtype)
+    options = (heads.softcap, heads.logit_scale, h, labels)
+    if not tw.is_floating_point():
+        assert teacher_bias is not None
+        left: Tensor = teacher_bias
+
+        def recorded(z: Tensor, at: slice | Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+            return distill_topk.rows(spec, z, tw[at], th[at].to(dtype), left[at].to(dtype), *rest)
+
+        return chunks(spec, student, *options, vocab_s, recorded, upstream, grads)
+    teacher = Factors(th, tw, teacher_bias, vocab_t, heads.teacher_precision, dtype)
+
+    def run(z: Tensor, at: slice | Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        zt = teacher.logits(teacher.cast(th[at]))
+        return distill_rows.run(spec, z, transform_(zt, teacher.bias, heads.teacher_softcap, heads.teacher_logit_scale), *rest)
+
+    return chunks(spec, student, *options, max(vocab_s, vocab_t), run, upstream, grads)
 
 
 def _unpack(rest: tuple[Any, ...]) -> tuple[Heads, Spec]:
@@ -134,7 +169,7 @@ def forward(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None,
     """Divergence and cross entropy of each token [T], 0 where ignored; no gradient is computed here."""
     bias, teacher_bias, *options = rest
     heads, spec = _unpack(tuple(options))
-    return sweep(spec, heads, h, w, th, tw, labels, bias, teacher_bias, None, None, None)
+    return sweep(spec, heads, h, w, th, tw, labels, bias, teacher_bias, None, None)
 
 
 @forward.register_fake
@@ -155,7 +190,7 @@ def with_grads(
     bias, teacher_bias, *options = rest
     heads, spec = _unpack(tuple(options[:-3]))
     grads = Grads.zeros(h, w, accumulate_dtype(h, w, th, tw), *options[-3:])
-    return (*sweep(spec, heads, h, w, th, tw, labels, bias, teacher_bias, g_divergence, g_ce, grads), *grads)
+    return (*sweep(spec, heads, h, w, th, tw, labels, bias, teacher_bias, (g_divergence, g_ce), grads), *grads)
 
 
 @with_grads.register_fake

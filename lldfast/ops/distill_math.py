@@ -8,9 +8,10 @@ and delta = A - B; e^A, e^B are written A^, B^:
     KL:  l = A^ delta            dl/dA = A^ (delta + 1)         dl/dB = -A^
     JS:  M = log(x A^ + (1 - x) B^):  dl/dA = x A^ (A - M)      dl/dB = (1 - x) B^ (B - M)       l = dl/dA + dl/dB
     AB:  t = -|delta|, S = e^((x + y) max(A, B)), ex = expm1(x t) / x, ey = expm1(y t) / y (t at exponent 0):
-         delta >= 0:  dl/dA = -S ey                 dl/dB = S (1 + y ey) ex
-         delta <  0:  dl/dA = S (1 + x ex) ey       dl/dB = -S ex
+         delta >= 0:  dl/dA = -S ey                 dl/dB = S e^(y t) ex
+         delta <  0:  dl/dA = S e^(x t) ey          dl/dB = -S ex
          l = (dl/dA + dl/dB) / (x + y);  at x + y = 0: l = (expm1(x delta) - x delta) / x^2, delta^2 / 2 at x = 0
+     e^(x t) ey with y < 0 is 0 times infinity where t is large: there it is e^((x + y) t) expm1(-y t) / -y. Never 1 + x ex.
 
 An entry that both models exclude (-inf) counts nothing, and A^ = 0 makes a term 0 whose limit is 0. With g = dl/dR, d = dl/dQ
 where the loss names q itself, the sums over the vocabulary G = sum g, H = sum(w g) - G sum(w r) + sum d give
@@ -20,6 +21,7 @@ where the loss names q itself, the sums over the vocabulary G = sum g, H = sum(w
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -74,7 +76,8 @@ def divergence(a: Tensor, b: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor
     delta = torch.where(no_a & no_b, 0.0, a - b)
     if spec.divergence == KL:
         mass = a.exp()
-        loss = torch.where(no_a, 0.0, mass * delta)
+        # A mass too small for a number against none at all is infinite too.
+        loss = torch.where(no_a, 0.0, torch.where(delta == math.inf, math.inf, mass * delta))
         return loss, loss + mass, -mass
     if spec.divergence == JS:
         m, _ = power_mean(a, b, 1.0, spec.x)
@@ -88,14 +91,19 @@ def divergence(a: Tensor, b: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor
     scale = (s * torch.where(first, a, b)).exp() if s else torch.ones_like(t)
     scale = torch.where(no_a & no_b, 0.0, scale)
     ex, ey = torch.expm1(x * t) / x if x else t, torch.expm1(y * t) / y if y else t
-    of_a = scale * torch.where(first, -ey, (1 + x * ex) * ey)
-    of_b = scale * torch.where(first, (1 + y * ey) * ex, -ex)
+    of_a = scale * torch.where(first, -ey, _far(x, y, t, ey))
+    of_b = scale * torch.where(first, _far(y, x, t, ex), -ex)
     if s > 0:  # A^x B^y and A^s are 0 where A is, whatever the factors look like
         of_a = torch.where(no_a, 0.0, of_a) if x > 0 else of_a
         of_b = torch.where(no_b, 0.0, of_b) if y > 0 else of_b
     if s:
         return (of_a + of_b) / s, of_a, of_b
     return (torch.expm1(x * delta) - x * delta) / (x * x) if x else delta.square() / 2, of_a, of_b
+
+
+def _far(x: float, y: float, t: Tensor, ey: Tensor) -> Tensor:
+    """e^(x t) ey of ey = expm1(y t) / y and t <= 0."""
+    return (x * t).exp() * ey if y >= 0 else ((x + y) * t).exp() * torch.expm1(-y * t) / -y
 
 
 def terms(p: Tensor, q: Tensor, r: Tensor, spec: Spec) -> Terms:
@@ -105,6 +113,16 @@ def terms(p: Tensor, q: Tensor, r: Tensor, spec: Spec) -> Terms:
     loss, of_a, of_b = divergence(other, r, spec) if forward else divergence(r, other, spec)
     g, d = (of_b, of_a) if forward else (of_a, of_b)
     return Terms(loss, g, None if other is p else d)
+
+
+def token_loss(p: Tensor, q: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Loss of each token [R] and h [R, V], its gradient by log q with the entries taken as free, from log p and log q."""
+    r, w = assistant(p, q, spec)
+    loss, g, d = terms(p, q, r, spec)
+    h = torch.zeros_like(q) if d is None else d
+    if not spec.detach and spec.assistant != TEACHER:
+        h = h + w * (g - r.exp() * g.sum(-1, keepdim=True))
+    return loss.sum(-1), h
 
 
 def log_softmax(z: Tensor, vocab: int, temperature: float) -> Tensor:
@@ -124,9 +142,7 @@ def rows(
     """
     vocab = max(student.shape[-1], teacher.shape[-1])
     q, p = log_softmax(student, vocab, spec.temperature), log_softmax(teacher, vocab, spec.temperature)
-    r, w = assistant(p, q, spec)
-    loss, g, d = terms(p, q, r, spec)
-    total = loss.sum(-1)
+    total, h = token_loss(p, q, spec)
     ce = torch.zeros_like(total)
     plain = q if spec.temperature == 1.0 else None  # log softmax at temperature 1
     if spec.ce:
@@ -135,11 +151,7 @@ def rows(
         ce = -plain.gather(-1, y[:, None])[:, 0]
     if g_divergence is None:
         return total, ce, None
-    h = q.new_zeros(()) if d is None else d
-    if not spec.detach and spec.assistant != TEACHER:
-        h = h + w * (g - r.exp() * g.sum(-1, keepdim=True))
-    dz = h - q.exp() * h.sum(-1, keepdim=True) if h.dim() else torch.zeros_like(q)
-    dz = dz * (g_divergence / spec.temperature)[:, None]
+    dz = (h - q.exp() * h.sum(-1, keepdim=True)) * (g_divergence / spec.temperature)[:, None]
     if spec.ce and g_ce is not None:
         assert plain is not None and y is not None
         of_ce = plain.exp()

@@ -163,6 +163,23 @@ def resolve(
     )  # fmt: skip
 
 
+def check_recorded(chosen: dict[str, Any]) -> None:
+    """Refuse settings that need more of the teacher than its recorded top k.
+
+    Raises:
+        InputError: saying why.
+    """
+    if chosen["alpha"] >= 1 and 0 < chosen["lam"] < 1:
+        raise InputError(
+            f"alpha={chosen['alpha']:g} needs the teacher's full distribution: the assistant lives on the intersection of both "
+            "supports, and a truncated one moves the minimum away from p = q. Use alpha < 1 or a running teacher"
+        )
+    if chosen["temperature"] != 1:
+        raise InputError(
+            f"temperature={chosen['temperature']}: a recorded teacher has temperature 1; its tail cannot be rescaled"
+        )
+
+
 def _assistant(alpha: float, lam: float) -> tuple[int, float]:
     if lam in (0.0, 1.0):
         return (STUDENT if lam == 0 else TEACHER), 0.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lldfast.backends import compiled_module, extension
+from lldfast.ops.distill_spec import Spec
 
 # Fewer multiply-adds than this, and starting threads takes longer than they save.
 ONE_THREAD = 1 << 24
@@ -104,6 +105,51 @@ def linear_logprob_bwd(
         logit_scale, linear_precision(precision, hidden, weight), _threads(tokens * vocab * width), isa, _address(logprob),
         _address(lse), _address(g), _address(h), _matrix(dh), _matrix(dw), _address(db),
     )  # fmt: skip
+
+
+def _distill_spec(spec: Spec) -> tuple[Any, ...]:
+    """The fields of Spec that csrc/cpu/distill_spec.h has."""
+    return tuple(spec)[: Spec._fields.index("ignore_index")]
+
+
+def _bytes(x: Tensor) -> tuple[int, int]:
+    """First and last address of a matrix, the latter exclusive."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _apart(out: Tensor, x: Tensor) -> bool:
+    """Whether writing a row of out leaves other rows of x alone, and its own until it is read."""
+    if out.data_ptr() == x.data_ptr() and out.dtype == x.dtype and out.stride() == x.stride():
+        return True
+    (a, b), (c, d) = _bytes(out), _bytes(x)
+    return b <= c or d <= a
+
+
+def distill_rows(
+    student: Tensor, teacher: Tensor, y: Tensor | None, spec: Spec, g_divergence: Tensor | None, g_ce: Tensor | None,
+    out: Tensor | None, isa: str = "",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`distill_rows.run` for fp32, bf16 and fp16: (divergence, cross entropy), fp32 [R]; the gradient goes to `out` [R, V_s]."""
+    rows = len(student)
+    divergence, ce = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    if rows == 0:
+        return divergence, ce
+    student, teacher = columns_contiguous(student), columns_contiguous(teacher)
+    y = y.long().contiguous() if spec.ce and y is not None else None
+    gs = [None if g is None or out is None else g.float().contiguous() for g in (g_divergence, g_ce)]
+    to = out
+    if out is not None and not (columns_contiguous(out) is out and _apart(out, student) and _apart(out, teacher)):
+        to = torch.empty_like(out, memory_format=torch.contiguous_format)
+    _module().distill_rows(
+        _matrix(student), student.shape[1], _matrix(teacher), teacher.shape[1], rows, _address(y), _distill_spec(spec),
+        _address(gs[0]), _address(gs[1]), divergence.data_ptr(), ce.data_ptr(), _matrix(to),
+        _threads(64 * rows * max(student.shape[1], teacher.shape[1])), isa,
+    )  # fmt: skip
+    if out is not None and to is not out:
+        assert to is not None
+        out.copy_(to)
+    return divergence, ce
 
 
 def sketch_fold(
