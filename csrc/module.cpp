@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/distill.h"
+#include "cpu/distill_linear.h"
 #include "cpu/linear_logprob.h"
 #include "cpu/logprob.h"
 #include "cpu/sketch.h"
@@ -172,6 +173,41 @@ void distill_rows(const MatrixTuple& student, int64_t student_vocab, const Matri
   lldfast::distill_rows(chosen, args, results);
 }
 
+// (hidden, weight, width, precision).
+using HeadTuple = std::tuple<MatrixTuple, MatrixTuple, int64_t, std::string>;
+
+lldfast::DistillHead distill_head(const HeadTuple& head) {
+  const auto& [hidden, weight, width, precision] = head;
+  const lldfast::DistillHead made = {matrix(hidden), matrix(weight), width, precision_of(precision)};
+  if (width < 1) throw py::value_error("distill_linear: width must be at least 1");
+  if (made.precision == lldfast::Precision::kBf16x3) throw py::value_error("distill_linear: choose fp32 or bf16");
+  return made;
+}
+
+// gradient: addresses of the coefficients of divergence and cross entropy, then dh and dw; 0: none.
+void distill_linear(const HeadTuple& student, const HeadTuple& teacher, uintptr_t rows, int64_t tokens, int64_t vocab,
+                    uintptr_t labels, const SpecTuple& spec, uintptr_t g_divergence, uintptr_t g_ce,
+                    uintptr_t divergence, uintptr_t ce, const MatrixTuple& dh, const MatrixTuple& dw, int threads,
+                    const std::string& isa) {
+  check_sizes(tokens, vocab, threads);
+  const lldfast::DistillLinearArgs args = {
+      distill_head(student), distill_head(teacher), integers(rows), tokens, vocab, integers(labels), distill_spec(spec),
+      threads};
+  const lldfast::DistillLinearOut out = {reinterpret_cast<float*>(divergence),
+                                         reinterpret_cast<float*>(ce),
+                                         floats(g_divergence),
+                                         floats(g_ce),
+                                         mutable_matrix(dh),
+                                         mutable_matrix(dw)};
+  if (args.spec.ce && labels == 0) throw py::value_error("distill_linear: cross entropy needs labels");
+  if ((out.dh.data != nullptr || out.dw.data != nullptr) && (g_divergence == 0 || (args.spec.ce && g_ce == 0))) {
+    throw py::value_error("distill_linear: gradients need g_divergence and g_ce");
+  }
+  const lldfast::Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  lldfast::distill_linear(chosen, args, out);
+}
+
 std::array<double, 1 + lldfast::kSketchDots> sketch_fold(uintptr_t g, const std::string& dtype, int64_t n,
                                                          int64_t offset, uintptr_t out, int64_t k, uint64_t seed,
                                                          uintptr_t scale, uintptr_t dot0, uintptr_t dot1, int threads,
@@ -258,6 +294,7 @@ PYBIND11_MODULE(_C, m) {
       "of the first token id at or above vocab_size.");
 
   m.def("distill_rows", &distill_rows, "Distillation loss per row of logits, and its gradient (csrc/cpu/distill.h).");
+  m.def("distill_linear", &distill_linear, "The same from hidden states and heads (csrc/cpu/distill_linear.h).");
   m.def("sketch_fold", &sketch_fold, "Add the XOR-fold of g to out; |g scale|^2 and two inner products (csrc/cpu/sketch.h).");
   m.def("sketch_outer", &sketch_outer, "Add the fold of b^T a of each sample to its sketch (csrc/cpu/sketch_outer.h).");
   m.def("sketch_rows", &sketch_rows, "Add rows with a place in the flat space to sketches (csrc/cpu/sketch_outer.h).");

@@ -159,6 +159,9 @@ def disclosure_section(run: Run) -> Section:
         lines.append(f"Weights estimated with the target model: {', '.join(used)}.")
     if fixed:
         lines.append(f"Weights that owe nothing to an estimate: {', '.join(fixed)}.")
+    distilled = [method.name for method in run.methods if method.distilled]
+    if distilled:
+        lines.append(f"Models trained on a teacher's distributions: {', '.join(distilled)}.")
     if target:
         licence = target.get("licence") or "not recorded; look it up before you publish weights or a model trained on them"
         lines.append(f"Target: {_identity_name(target) or 'without a recorded name'}. Its licence: {licence}.")

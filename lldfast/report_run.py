@@ -35,10 +35,18 @@ class Method:
     stages: list[dict[str, Any]] = field(default_factory=list)
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     gram_domains: list[str] = field(default_factory=list)
+    objective: str = "ce"
+
+    @property
+    def distilled(self) -> bool:
+        """Trained on a teacher's distributions, not on its data alone."""
+        return self.objective != "ce"
 
     @property
     def uniform(self) -> bool:
-        """Trained on equal weights for every domain, without any estimate."""
+        """Plain training on equal weights for every domain, without any estimate."""
+        if self.distilled:
+            return False
         if self.estimated or not self.weights:
             return self.name == "uniform"
         return bool(np.ptp(list(self.weights.values())) < 1e-6)
@@ -168,6 +176,7 @@ def _load_method(folder: Path, name: str, domains: list[str], has_target: bool, 
     if file.get("weights_se"):
         method.weights_se = _check_names(file["weights_se"], domains, path, "weights_se")
     method.rule = str(file.get("rule") or "")
+    method.objective = str(file.get("objective") or "ce")
     for stage in file.get("stages") or []:
         mixture = _check_names(stage.get("weights"), domains, path, f"the stage from step {stage.get('from_step')}")
         method.stages.append({"from_step": int(stage["from_step"]), "weights": mixture})

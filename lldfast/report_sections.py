@@ -22,6 +22,7 @@ MOST_DOMAINS = 36  # three figures of 12; the table of weights has all
 # How to read each figure, one line under it.
 READ = {
     "kl": "Each line is one training run; the lower its right end, the closer it ended to the target.",
+    "distilled": ' With "distill" in its name (paper Fig. 7): trained on the teacher\'s distribution of every token.',
     "true_kl": "Exact KL(target || model) per token. Where it orders the methods otherwise than eq. (2), trust this one.",
     "gap": "How much better the target predicts the texts on average; at zero both predict them equally well.",
     "split": "Solid: between domain means, the part that domain weights can steer. Pale: within domains.",
@@ -122,14 +123,15 @@ class View:
 
 
 def add_divergence(section: Section, view: View) -> None:
-    """KL over steps (Fig. 5), true KL, the gap eq. (2) does not see, and the split of what is left."""
+    """KL over steps (Fig. 5, and 7 with distilled runs), true KL, the gap eq. (2) does not see, the split of what is left."""
+    read = READ["kl"] + (READ["distilled"] if any(method.distilled for method in view.run.methods) else "")
     kl, true, gap = view.series("kl"), view.series("true_kl"), view.series("nll_gap")
     if kl:
         label = _final("KL by eq. (2), bits per byte", kl)
         log = figures.curves(kl, view.marks, key="kl-log", label=label, ylabel="bits per byte")
         linear = figures.curves(kl, view.marks, key="kl-linear", label=label, ylabel="bits per byte", log_steps=False)
         choices = {"log steps": log, "linear steps": linear}
-        section.cards.append(switch_card("KL to the target, eq. (2)", choices, READ["kl"], "kl-switch"))
+        section.cards.append(switch_card("KL to the target, eq. (2)", choices, read, "kl-switch"))
     if true:
         label = _final("True token-level KL, bits per byte", true)
         svg = figures.curves(true, view.marks, key="true-kl", label=label, ylabel="bits per byte")

@@ -290,9 +290,9 @@ def test_unknown_domain_in_a_weights_file(corpus, tmp_path):
 
 
 def test_nan_loss_names_step_and_domain_and_keeps_the_checkpoint(corpus, target, tmp_path, monkeypatch):
-    import lldfast.train as train
+    import lldfast.objective as objective
 
-    real, calls = train.linear_cross_entropy, []
+    real, calls = objective.linear_cross_entropy, []
 
     def poisoned(*args, **options):
         calls.append(1)
@@ -303,7 +303,7 @@ def test_nan_loss_names_step_and_domain_and_keeps_the_checkpoint(corpus, target,
             loss = loss * float("nan")
         return loss, logprob
 
-    monkeypatch.setattr(train, "linear_cross_entropy", poisoned)
+    monkeypatch.setattr(objective, "linear_cross_entropy", poisoned)
     with pytest.raises(TrainingError, match=r"'uniform', step 12: the loss is not finite on (code|prose|table); .*step-0000010"):
         run(config(tmp_path / "run", corpus, target=TargetConfig(model=str(target))))
     monkeypatch.undo()

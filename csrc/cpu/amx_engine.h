@@ -75,10 +75,15 @@ LLDFAST_INLINE __m512i to_bf16(F low, F high) {
 // kTerms 1: inputs rounded to bf16. 3: inputs split into a high and a low bf16 part each, W H = Wl Hh + Wh Hh + Wh Hl;
 // the fourth product is below fp32's own rounding. A step then holds both parts of both operands: 8 loads for 12
 // products.
-template <int kTerms>
+// kGradientTerms 1: dz rounded to bf16. 2: dz split into a high and a low part, its error 2^-16; the other factor of a
+// gradient has one part, so a step of the two is 6 loads for 8 products.
+template <int kTerms, int kGradientTerms = 1>
 struct AmxEngine {
   static constexpr int kParts = kTerms == 1 ? 1 : 2;
-  static constexpr int64_t kStepBytes = kParts * 2 * kTileBytes;  // of A, and of B, for 32 steps of K
+  static constexpr int64_t kPairBytes = 2 * kTileBytes;
+  static constexpr int64_t kStepBytes = kParts * kPairBytes;  // of A, and of B, for 32 steps of K
+  static constexpr int64_t kGradientBytes = kGradientTerms * kPairBytes;
+  static_assert(kGradientTerms == 1 || kTerms == 1, "W and H of a gradient have one part");
 
   struct Session {
     Session() {
@@ -99,17 +104,24 @@ struct AmxEngine {
   };
 
   // Panels A: slabs() parts of K, each passed over all blocks before the next; tiles() from step k on, for count steps.
-  struct PackedPanel {
+  // kA, kB: parts of the panel and of the blocks that it is multiplied with.
+  template <int kPartsA, int kPartsB>
+  struct PanelOf {
+    static constexpr int kA = kPartsA, kB = kPartsB;
     const uint8_t* data;
 
     int64_t slabs(int64_t) const { return 1; }
-    Tiles tiles(int64_t k, int64_t) const { return {data + k * kStepBytes, 64, kStepBytes}; }
+    Tiles tiles(int64_t k, int64_t) const { return {data + k * kA * kPairBytes, 64, kA * kPairBytes}; }
   };
+  using PackedPanel = PanelOf<kParts, kParts>;
+  using GradientPanel = PanelOf<kGradientTerms, kParts>;
+  using TransposedPanel = PanelOf<kParts, kGradientTerms>;
 
   // Rows [first, first + n) of the weight. A bf16 weight is a panel as it lies: a tile load takes 16 rows at any
   // distance. Others, and odd widths and ends, are packed a slab at a time: what was just stored is read from the first
   // cache. A packed copy of the whole weight would cost its memory again, and go stale.
   struct WeightPanel {
+    static constexpr int kA = kParts, kB = kParts;
     const AmxEngine& engine;
     const Matrix& weight;
     int64_t first, n;
@@ -138,8 +150,7 @@ struct AmxEngine {
   const int64_t width;
   const int64_t padded;
 
-  explicit AmxEngine(const LinearLogprobArgs& args)
-      : width(args.width), padded(args.width == 0 ? 32 : (args.width + 31) / 32 * 32) {}
+  AmxEngine(int64_t columns, Precision) : width(columns), padded(columns == 0 ? 32 : (columns + 31) / 32 * 32) {}
 
   int64_t k_steps() const { return padded / 32; }
   int64_t block_bytes() const { return k_steps() * kStepBytes; }
@@ -240,6 +251,8 @@ struct AmxEngine {
   template <class Panel, class Epilogue>
   static void multiply(const Panel& panel, int64_t steps, const uint8_t* b, int64_t b_stride, int64_t n, float* c,
                        int64_t c_stride, bool accumulate, Epilogue* epilogue, Prefetcher prefetcher) {
+    constexpr int kA = Panel::kA, kB = Panel::kB;
+    constexpr int64_t kBStep = kB * kPairBytes;
     const int64_t slabs = panel.slabs(steps);
     for (int64_t s = 0; s < slabs; ++s) {
       const int64_t k = steps * s / slabs, count = steps * (s + 1) / slabs - k;
@@ -247,11 +260,11 @@ struct AmxEngine {
       for (int64_t j = 0; j < n; ++j) {
         float* out = c + j * c_stride;
         begin_tiles(out, accumulate || s > 0);
-        const uint8_t* b_slab = b + j * b_stride + k * kStepBytes;
+        const uint8_t* b_slab = b + j * b_stride + k * kBStep;
         if (Epilogue::kNone || s + 1 < slabs || j == 0) {
           for (int64_t i = 0; i < count; ++i) {
             prefetcher.advance();
-            step(a.data + i * a.step, a.stride, b_slab + i * kStepBytes);
+            step<kA, kB>(a.data + i * a.step, a.stride, b_slab + i * kBStep);
           }
         } else if constexpr (!Epilogue::kNone) {
           const int piece = static_cast<int>((kPanel / 2 + count - 1) / count) * 2;
@@ -259,7 +272,7 @@ struct AmxEngine {
           work.begin(j - 1);
           for (int64_t i = 0; i < count; ++i) {
             prefetcher.advance();
-            step(a.data + i * a.step, a.stride, b_slab + i * kStepBytes);
+            step<kA, kB>(a.data + i * a.step, a.stride, b_slab + i * kBStep);
             work.advance(piece);
           }
           work.end();
@@ -275,22 +288,38 @@ struct AmxEngine {
   }
 
   struct Gradient {
-    // Panels A of dW = dz^T H: [kChunkRows / 32][blocks] x 2 tiles of 16 rows x 32 tokens.
+    // Panels A of dW = dz^T H: [kChunkRows / 32][blocks][terms] x 2 tiles of 16 rows x 32 tokens.
     uint8_t* by_row;
-    // Blocks B of dH^T = W^T dz: [blocks][kChunkRows / 32] x 2 tiles of 16 pairs of rows x 16 tokens.
+    // Blocks B of dH^T = W^T dz: [blocks][kChunkRows / 32][terms] x 2 tiles of 16 pairs of rows x 16 tokens.
     uint8_t* by_block;
     int64_t tokens;
   };
 
-  static int64_t by_row_bytes(int64_t blocks) { return kChunkRows * blocks * kBlock * 2; }
-  static int64_t by_block_bytes(int64_t blocks) { return kChunkRows * blocks * kBlock * 2; }
+  static int64_t by_row_bytes(int64_t blocks) { return kChunkRows / kPanel * blocks * kGradientBytes; }
+  static int64_t by_block_bytes(int64_t blocks) { return kChunkRows / kPanel * blocks * kGradientBytes; }
 
   static LLDFAST_INLINE void put(const Gradient& to, int64_t block, int64_t row, const F (&pair)[2][kV]) {
     const int64_t panel = row / kPanel, r = row % kPanel;
-    uint8_t* a = to.by_row + (panel * (to.tokens / kBlock) + block) * kStepBytes + r * 64;
+    uint8_t* a = to.by_row + (panel * (to.tokens / kBlock) + block) * kGradientBytes + r * 64;
+    uint8_t* b = to.by_block + (block * (kChunkRows / kPanel) + panel) * kGradientBytes + r / 2 * 64;
+    if constexpr (kGradientTerms == 1) {
+      put_term(a, b, pair);
+    } else {
+      F high[2][kV], low[2][kV];
+      for (int i = 0; i < 2; ++i) {
+        for (int r2 = 0; r2 < 2; ++r2) {  // cut off, not rounded: exact in bf16, and the rest exact in fp32
+          high[r2][i] = as_floats(as_ints(pair[r2][i]) & static_cast<int32_t>(0xffff0000));
+          low[r2][i] = pair[r2][i] - high[r2][i];
+        }
+      }
+      put_term(a, b, high);
+      put_term(a + kPairBytes, b + kPairBytes, low);
+    }
+  }
+
+  static LLDFAST_INLINE void put_term(uint8_t* a, uint8_t* b, const F (&pair)[2][kV]) {
     _mm512_store_si512(a, to_bf16(pair[0][0], pair[0][1]));
     _mm512_store_si512(a + 64, to_bf16(pair[1][0], pair[1][1]));
-    uint8_t* b = to.by_block + (block * (kChunkRows / kPanel) + panel) * kStepBytes + r / 2 * 64;
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                                 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int i = 0; i < 2; ++i) {
@@ -298,13 +327,13 @@ struct AmxEngine {
     }
   }
 
-  static PackedPanel gradient_panel(const Gradient& from, int64_t row) {
-    return {from.by_row + row / kPanel * (from.tokens / kBlock) * kStepBytes};
+  static GradientPanel gradient_panel(const Gradient& from, int64_t row) {
+    return {from.by_row + row / kPanel * (from.tokens / kBlock) * kGradientBytes};
   }
   static const uint8_t* gradient_block(const Gradient& from, int64_t block) {
     return from.by_block + block * gradient_stride();
   }
-  static int64_t gradient_stride() { return kChunkRows / kPanel * kStepBytes; }
+  static int64_t gradient_stride() { return kChunkRows / kPanel * kGradientBytes; }
 
   // W^T of a chunk as panels of 32 columns of W: [padded / 32][kChunkRows / 32] x 2 tiles of 16 columns x 32 rows.
   int64_t transposed_bytes() const { return kChunkRows * padded * 2; }
@@ -325,7 +354,7 @@ struct AmxEngine {
     }
   }
 
-  PackedPanel transposed_panel(const uint8_t*, const uint8_t* transposed, int64_t j) const {
+  TransposedPanel transposed_panel(const uint8_t*, const uint8_t* transposed, int64_t j) const {
     return {transposed + j * (kChunkRows / kPanel) * kStepBytes};
   }
 
@@ -378,14 +407,17 @@ struct AmxEngine {
     LLDFAST_TILE_DOT(3, 5, 7);
   }
 
+  template <int kA, int kB>
   static LLDFAST_INLINE void step(const uint8_t* a, int64_t stride, const uint8_t* b) {
     load_a(a, stride);
     load_b(b);
     dot();
-    if constexpr (kParts == 2) {
-      load_a(a + 2 * kTileBytes, stride);
+    if constexpr (kA == 2) {
+      load_a(a + kPairBytes, stride);
       dot();
-      load_b(b + 2 * kTileBytes);
+    }
+    if constexpr (kB == 2) {
+      load_b(b + kPairBytes);
       dot();
     }
   }

@@ -18,6 +18,7 @@ constexpr int64_t kRows = 4;      // of an item
 // Scratch of a piece. The buffers' ends keep them off each other's cache sets.
 struct alignas(64) Piece {
   float p[kPiece + 64], q[kPiece + 64], r[kPiece + 64], w[kPiece + 64], dz[kPiece + 64];
+  float p_minus_q[kPiece + 64], other_minus_r[kPiece + 64];
 };
 
 // Fills up whole vectors with entries that do not count.
@@ -27,7 +28,9 @@ inline int64_t whole(int64_t n) {
 
 // A log-sum-exp in two floats: subtracted one after the other, they do not shift every log by the same rounding error.
 struct LogSum {
-  float high = 0.0f, low = 0.0f;
+  float high, low;  // low is NaN where high is infinite
+
+  explicit LogSum(double value = 0.0) : high(static_cast<float>(value)), low(static_cast<float>(value - high)) {}
 
   LLDFAST_INLINE F normalise(F x) const { return (x - high) - low; }
 };
@@ -60,12 +63,6 @@ class RunningLogSum {
   }
 
   double value() const { return top_ + std::log(total_); }
-
-  LogSum parts() const {
-    const double value = this->value();
-    const float high = static_cast<float>(value);
-    return {high, static_cast<float>(value - high)};  // NaN where it is infinite
-  }
 
  private:
   float top_ = -kInf;
@@ -155,21 +152,25 @@ class Row {
       p.add(piece_.p, n);
       q.add(piece_.q, n);
     }
-    p_ = p.parts();
-    q_ = q.parts();
+    p_ = LogSum(p.value());
+    q_ = LogSum(q.value());
+    p_over_q_ = LogSum(p.value() - q.value());
     if (!args_.spec.ce) return;
-    const RunningLogSum& of_label = plain_is_q_ ? q : plain;
-    plain_ = of_label.parts();
-    logprob_ = z_label - of_label.value();
+    const double log_sum = plain_is_q_ ? q.value() : plain.value();
+    plain_ = LogSum(log_sum);
+    logprob_ = z_label - log_sum;
   }
 
-  // P and Q of a piece.
+  // P, Q and P - Q of a piece.
   int64_t log_probabilities(int64_t first) {
     const int64_t n = read(piece_.q, args_.student, args_.student_vocab, first);
     read(piece_.p, args_.teacher, args_.teacher_vocab, first);
     for (int64_t k = 0; k < n; k += kWidth) {
-      store(piece_.p + k, p_.normalise(load(piece_.p + k) * m_.inverse_temperature));
-      store(piece_.q + k, q_.normalise(load(piece_.q + k) * m_.inverse_temperature));
+      const F p = load(piece_.p + k), q = load(piece_.q + k);
+      const F delta = select(p == q, splat(0.0f), p - q);  // -inf - -inf is no difference
+      store(piece_.p + k, p_.normalise(p * m_.inverse_temperature));
+      store(piece_.q + k, q_.normalise(q * m_.inverse_temperature));
+      store(piece_.p_minus_q + k, p_over_q_.normalise(delta * m_.inverse_temperature));
     }
     return n;
   }
@@ -180,45 +181,43 @@ class Row {
       const int64_t n = log_probabilities(first);
       with_assistant(m_.assistant, [&](auto assistant) {
         for (int64_t k = 0; k < n; k += kWidth) {
-          F r, w;
-          mix<assistant.value>(m_, load(piece_.p + k), load(piece_.q + k), r, w);
-          store(piece_.r + k, r);
+          store(piece_.r + k, mixed<assistant.value>(k).r);
         }
       });
       sum.add(piece_.r, n);
     }
-    r_ = sum.parts();
+    r_ = LogSum(sum.value());
   }
 
-  // P, Q, R and, where it is not a constant, w of a piece.
+  template <Assistant kKind>
+  LLDFAST_INLINE Mixed mixed(int64_t k) const {
+    return mix<kKind>(m_, load(piece_.p + k), load(piece_.q + k), load(piece_.p_minus_q + k));
+  }
+
+  // P, Q, R, O - R and w of a piece.
   int64_t logs(int64_t first) {
     const int64_t n = log_probabilities(first);
-    if (m_.assistant == Assistant::kTeacher || m_.assistant == Assistant::kStudent) return n;
     with_assistant(m_.assistant, [&](auto assistant) {
       for (int64_t k = 0; k < n; k += kWidth) {
-        F r, w;
-        mix<assistant.value>(m_, load(piece_.p + k), load(piece_.q + k), r, w);
-        store(piece_.r + k, r_.normalise(r));
-        store(piece_.w + k, w);
+        const Mixed x = mixed<assistant.value>(k);
+        store(piece_.r + k, r_.normalise(x.r));
+        store(piece_.other_minus_r + k, (x.other_minus_r + r_.high) + r_.low);
+        store(piece_.w + k, x.w);
       }
     });
     return n;
   }
 
-  const float* r() const {
-    if (m_.assistant == Assistant::kTeacher) return piece_.p;
-    return m_.assistant == Assistant::kStudent ? piece_.q : piece_.r;
-  }
   const float* other() const { return m_.other_is_student ? piece_.q : piece_.p; }
 
   template <Form kForm, bool kGradient, bool kW>
   void add(int64_t n, Sums& sums) const {
-    const float *of_o = other(), *of_r = r();
+    const float* o = other();
     const DistillMath m = m_;
     F loss = splat(0.0f), g = loss, wg = loss, wr = loss, d = loss;
     for (int64_t k = 0; k < n; k += kWidth) {
-      const F x = load(of_r + k);
-      const Terms t = terms<kForm>(m, load(of_o + k), x);
+      const F r = load(piece_.r + k);
+      const Terms t = terms<kForm>(m, load(o + k), r, load(piece_.other_minus_r + k));
       loss += t.loss;
       if constexpr (kGradient) {
         g += t.of_r;
@@ -227,7 +226,7 @@ class Row {
       if constexpr (kW) {
         const F w = load(piece_.w + k);
         wg += w * t.of_r;
-        wr += w * exp(x);
+        wr += w * exp(r);
       }
     }
     sums.loss += sum_lanes(loss);
@@ -243,17 +242,17 @@ class Row {
 
   template <Form kForm>
   void gradients(int64_t n, float sum_g, float sum_h) {
-    const float *of_o = other(), *of_r = r();
+    const float* o = other();
     const DistillMath m = m_;
     const float factor = out_.g_divergence[row_] * m.inverse_temperature;
-    const bool r_is_q = of_r == piece_.q;
+    const bool r_is_q = m.assistant == Assistant::kStudent;
     for (int64_t k = 0; k < n; k += kWidth) {
-      const F q = load(piece_.q + k), x = load(of_r + k), mass = exp(q);
-      const Terms t = terms<kForm>(m, load(of_o + k), x);
+      const F q = load(piece_.q + k), r = load(piece_.r + k), mass = exp(q);
+      const Terms t = terms<kForm>(m, load(o + k), r, load(piece_.other_minus_r + k));
       F h = m.other_is_student ? t.of_other : splat(0.0f);
       if (m.through) {
-        const F r_mass = r_is_q ? mass : exp(x);
-        h += (m.constant_w ? splat(m.w) : load(piece_.w + k)) * (t.of_r - r_mass * sum_g);
+        const F r_mass = r_is_q ? mass : exp(r);
+        h += load(piece_.w + k) * (t.of_r - r_mass * sum_g);
       }
       store(piece_.dz + k, select(is_nothing(q), splat(0.0f), (h - mass * sum_h) * factor));
     }
@@ -288,7 +287,7 @@ class Row {
   Piece& piece_;
   int64_t row_, vocab_;
   bool plain_is_q_;
-  LogSum p_, q_, r_, plain_;
+  LogSum p_, q_, p_over_q_, r_, plain_;
   double logprob_ = 0.0;  // of the label, at temperature 1
 };
 

@@ -4,11 +4,13 @@
 // first, four forms cover all orders. A kernel makes a DistillMath once per call, normalises its logs P and Q (-inf:
 // excluded), and per entry calls
 //
-//   mix<assistant>(math, P, Q, r, w)    r: log r, not normalised yet unless math.normalised;   w = dr/dQ
-//   terms<form>(math, O, R)             loss, of_r = dloss/dR = g, of_other = dloss/dO: d if math.other_is_student
+//   mix<assistant>(math, P, Q, P - Q)    log r and log o - log r before r is normalised (nothing to do where
+//                                        math.normalised), and w = dR/dQ
+//   terms<form>(math, O, R, O - R)       loss, of_r = g, of_other: d where math.other_is_student
 //
-// with with_assistant and with_form choosing the template's argument outside of its loops. math.through: whether w (g -
-// r G) is part of the gradient. Entries that both exclude give 0, so -inf can fill vectors up; NaN stays NaN.
+// with with_assistant and with_form choosing the template's argument outside of its loops. The differences come along
+// since those of two rounded logs have lost digits; where both are -inf they may be any number. math.through: whether w
+// (g - r G) is part of the gradient. Entries that both exclude give 0, so -inf can fill vectors up; NaN stays NaN.
 #pragma once
 
 #include "cpu/distill_spec.h"
@@ -132,45 +134,53 @@ LLDFAST_INLINE F log(F y) {
   return log1p(y - 1.0f, y);
 }
 
+struct Mixed {
+  F r, other_minus_r, w;
+};
+
 template <Assistant kKind>
-LLDFAST_INLINE void mix(const DistillMath& m, F p, F q, F& r, F& w) {
+LLDFAST_INLINE Mixed mix(const DistillMath& m, F p, F q, F p_minus_q) {
+  const F zero = splat(0.0f), one = splat(1.0f);
+  // O - R where R is p (up) or q.
+  const auto from = [&](I up) {
+    return m.other_is_student ? select(up, -p_minus_q, zero) : select(up, zero, p_minus_q);
+  };
   if constexpr (kKind == Assistant::kTeacher || kKind == Assistant::kStudent) {
-    r = kKind == Assistant::kTeacher ? p : q;
-    w = splat(m.w);
+    constexpr bool kUp = kKind == Assistant::kTeacher;
+    return {kUp ? p : q, from(kUp ? zero == zero : zero != zero), splat(m.w)};
   } else if constexpr (kKind == Assistant::kGeometric) {
-    r = m.lam * p + m.rest * q;
-    w = splat(m.w);
+    return {m.lam * p + m.rest * q, p_minus_q * (m.other_is_student ? -m.lam : m.rest), splat(m.w)};
   } else if constexpr (kKind == Assistant::kPower) {
-    const F u = m.a * select(p == q, splat(0.0f), p - q);  // -inf - -inf is no difference
+    const F u = m.a * select(p == q, zero, p_minus_q);
     const I up = u > 0.0f;
     const Exponential e = expm1(-magnitude(u));
     const F share = select(up, splat(m.rest), splat(m.lam));
     // The sum of both shares is 1: as (1 - share) + share e^-|u| it keeps its digits where it is small.
     const F total = select(up, splat(m.lam), splat(m.rest)) + share * e.value;
-    r = select(up, p, q) + log1p(share * e.minus_1, total) * m.inverse_a;
-    w = m.rest * select(up, e.value, splat(1.0f)) / total;
+    const F above = log1p(share * e.minus_1, total) * m.inverse_a;
+    return {select(up, p, q) + above, from(up) - above, m.rest * select(up, e.value, one) / total};
   } else {
-    r = select(kKind == Assistant::kMaximum ? p > q : p < q, p, q);
-    r = select(p == p, r, p);
-    w = select(p == q, splat(m.rest), select(r == q, splat(1.0f), splat(0.0f)));
+    const I up = (kKind == Assistant::kMaximum ? p > q : p < q) | (p != p);  // NaN must come through
+    return {select(up, p, q), from(up), select(p == q, splat(m.rest), select(up, zero, one))};
   }
 }
 
+// KL leaves e^A out of dl/dA: a multiple of r in g, of q in d cancels in the gradient by the logits, but for rounding.
 struct Terms {
   F loss, of_other, of_r;
 };
 
 template <Form kForm>
-LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r) {
+LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r, F o_minus_r) {
   const F zero = splat(0.0f);
   if constexpr (kForm == Form::kKlOther || kForm == Form::kKlAssistant) {
-    const F first = kForm == Form::kKlOther ? o : r, second = kForm == Form::kKlOther ? r : o;
+    const F first = kForm == Form::kKlOther ? o : r, delta = kForm == Form::kKlOther ? o_minus_r : -o_minus_r;
     const I none = is_nothing(first);
     const F mass = select(none, zero, exp(first));  // never 0 elsewhere: times an infinite log it must be infinite
-    const F loss = select(none, zero, mass * (first - second));
-    return kForm == Form::kKlOther ? Terms{loss, loss + mass, -mass} : Terms{loss, -mass, loss + mass};
+    const F loss = select(none, zero, mass * delta);
+    return kForm == Form::kKlOther ? Terms{loss, loss, -mass} : Terms{loss, -mass, loss};
   } else if constexpr (kForm == Form::kJs) {
-    const F delta = o - r;  // NaN where both are -inf, which the selections below take
+    const F delta = o_minus_r;
     const I up = delta > 0.0f;
     const Exponential e = expm1(-magnitude(delta));
     const F share = select(up, splat(m.y), splat(m.x));
@@ -182,7 +192,7 @@ LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r) {
     return {other + assistant, other, assistant};
   } else {
     const I no_o = is_nothing(o), no_r = is_nothing(r), neither = no_o & no_r;
-    const F delta = select(neither, zero, o - r), t = -magnitude(delta);
+    const F delta = select(neither, zero, o_minus_r), t = -magnitude(delta);
     const I up = delta >= 0.0f;
     F scale = splat(1.0f);
     if (m.sum != 0.0f) scale = exp_or_inf(m.sum * select(up, o, r));
@@ -210,6 +220,18 @@ LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r) {
     }
     return {loss, of_o, of_r};
   }
+}
+
+// From the logs alone, where the digits of their differences do not matter.
+template <Assistant kKind>
+LLDFAST_INLINE void mix(const DistillMath& m, F p, F q, F& r, F& w) {
+  const Mixed mixed = mix<kKind>(m, p, q, p - q);
+  r = mixed.r;
+  w = mixed.w;
+}
+template <Form kForm>
+LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r) {
+  return terms<kForm>(m, o, r, o - r);
 }
 
 // Calls body(Is<kind>{}) for the kind that a value has: a template argument for the body's loops.

@@ -57,10 +57,10 @@ struct FmaEngine {
   const int64_t padded;
   const bool rounded;  // inputs to bf16 first
 
-  explicit FmaEngine(const LinearLogprobArgs& args)
-      : width(args.width),
-        padded(args.width == 0 ? 32 : (args.width + 31) / 32 * 32),
-        rounded(args.precision == Precision::kBf16) {}
+  FmaEngine(int64_t columns, Precision precision)
+      : width(columns),
+        padded(columns == 0 ? 32 : (columns + 31) / 32 * 32),
+        rounded(precision == Precision::kBf16) {}
 
   int64_t k_steps() const { return width; }
   int64_t block_bytes() const { return width * kBlock * 4; }

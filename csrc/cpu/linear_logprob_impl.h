@@ -3,22 +3,10 @@
 
 #include <cmath>
 
-#include "cpu/parallel.h"
-#include "cpu/softmax_block.h"
+#include "cpu/linear_walk.h"
 
 namespace lldfast {
 namespace {
-
-// Splits of the vocabulary, whose statistics are combined in their order: a token's value must not depend on how many
-// threads or tokens there are, so the splits depend on nothing.
-constexpr int64_t kSplitRows = 8192;
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-inline int64_t at_most(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 inline int64_t token_row(const LinearLogprobArgs& args, int64_t t) {
   return args.rows == nullptr ? t : args.rows[t];
@@ -30,32 +18,21 @@ inline int32_t local_label(const LinearLogprobArgs& args, int64_t t) {
   return label >= 0 && label < args.vocab ? static_cast<int32_t>(label) : -1;
 }
 
-// Forward: threads take groups of token blocks, whose packed hidden states stay in the second cache while the
-// vocabulary passes.
-
 template <class Engine, bool kArgmax, bool kEntropy>
-struct Forward {
+struct Forward : TokenGroups {
   const LinearLogprobArgs& args;
   const LogprobOut& out;
   const Engine engine;
-  int64_t blocks, group, groups, splits, ranges, slots, threads;
   int64_t worker_bytes = 0;
   Lanes* lanes = nullptr;  // [slots][splits][group]
   uint8_t* scratch = nullptr;
   Counter items;
 
-  Forward(const LinearLogprobArgs& a, const LogprobOut& o) : args(a), out(o), engine(a) {
-    blocks = ceil_div(args.tokens, kBlock);
-    const int64_t fitting = Engine::kGroupBytes / engine.block_bytes();
-    const int64_t most = fitting < 4 ? 4 : fitting > 32 ? 32 : fitting;
-    groups = ceil_div(blocks, at_most(most, ceil_div(blocks, args.threads)));
-    group = ceil_div(blocks, groups);
-    splits = ceil_div(args.vocab, kSplitRows);
-    // Few tokens: the threads share the splits of a group too.
-    ranges = groups >= 2 * args.threads || args.threads == 1 ? 1 : at_most(splits, ceil_div(2 * args.threads, groups));
-    threads = at_most(args.threads, groups * ranges);
-    slots = ranges == 1 ? threads : groups;
-  }
+  Forward(const LinearLogprobArgs& a, const LogprobOut& o)
+      : TokenGroups(a.tokens, a.vocab, a.threads, Engine::kGroupBytes / Engine(a.width, a.precision).block_bytes()),
+        args(a),
+        out(o),
+        engine(a.width, a.precision) {}
 
   void run() {
     const int64_t stage = engine.stage_bytes(), packed = group * engine.block_bytes(), slab = engine.slab_bytes();
@@ -146,56 +123,43 @@ void forward(const LinearLogprobArgs& args, const LogprobOut& out) {
   }
 }
 
-// Backward: chunks of the vocabulary outside, chunks of tokens inside. For each pair the logits are computed again and
-// dz is kept in the two layouts that the products want; then dH^T += W^T dz by threads over tokens, and dW = dz^T H by
-// threads over vocabulary rows. Every sum runs in the order of tokens or of vocabulary rows, so gradients do not depend
-// on the number of threads.
+// Backward: for each pair of a chunk of the vocabulary and a chunk of tokens the logits are computed again and dz is kept
+// in the two layouts that the products want.
 
 template <class Engine>
 struct Backward {
   static constexpr int64_t kChunkRows = Engine::kChunkRows;
-  static constexpr int64_t kPanels = kChunkRows / kPanel;
 
   const LinearLogprobArgs& args;
   const LinearLogprobGrad& grad;
   const Engine engine;
-  const int64_t blocks, chunk_blocks, columns;  // blocks of tokens in all, and in a chunk; blocks of 32 columns
   const int threads;
-  const bool need_dh, need_dw;
+  const PackedHead<Engine> head;
+  const GradientProducts<Engine> products;
+  const int64_t blocks, chunk_blocks;  // of tokens in all, and in a chunk
   Barrier barrier;
-  Buffer packed, column_blocks, dh, panels, transposed, dw, by_row, by_block, lanes, bias_part, scratch, label_order;
+  Buffer lanes, bias_part, scratch, label_order;
   int64_t worker_bytes;
 
   // Per token, in the order of `rows`.
   int32_t* label;
   float *lse, *of_label, *coefficient, *label_grad;
 
-  static int64_t tokens_of_chunk(int threads) { return at_most(8192, threads <= 2 ? 512 : 256 * threads); }
-
   Backward(const LinearLogprobArgs& a, const LinearLogprobGrad& d)
       : args(a),
         grad(d),
-        engine(a),
-        blocks(ceil_div(a.tokens, kBlock)),
-        chunk_blocks(at_most(blocks, tokens_of_chunk(a.threads) / kBlock)),
-        columns(engine.padded / kBlock),
+        engine(a.width, a.precision),
         threads(a.threads),
-        need_dh(d.dh.data != nullptr),
-        need_dw(d.dw.data != nullptr),
+        head(engine, a.hidden, a.weight, a.rows, a.tokens, a.vocab),
+        products(engine, a.tokens, a.threads, d.dh.data != nullptr, d.dw.data != nullptr),
+        blocks(products.blocks),
+        chunk_blocks(products.chunk_blocks),
         barrier(a.threads),
-        packed(static_cast<size_t>(blocks * engine.block_bytes())),
-        column_blocks(static_cast<size_t>(need_dw ? engine.columns_bytes(blocks) : 0)),
-        dh(static_cast<size_t>(need_dh ? blocks * columns * kTile * 4 : 0)),
-        panels(static_cast<size_t>(kPanels * engine.panel_bytes())),
-        transposed(static_cast<size_t>(need_dh ? engine.transposed_bytes() : 0)),
-        dw(static_cast<size_t>(need_dw ? (chunk_blocks == blocks ? threads : kPanels) * columns * kTile * 4 : 0)),
-        by_row(static_cast<size_t>(Engine::by_row_bytes(chunk_blocks))),
-        by_block(static_cast<size_t>(Engine::by_block_bytes(chunk_blocks))),
         lanes(static_cast<size_t>(blocks * kBlock) * 5 * 4),
         bias_part(static_cast<size_t>(d.dbias == nullptr ? 0 : blocks * kChunkRows * 4)),
-        scratch(static_cast<size_t>(threads) * worker(engine, blocks, threads)),
+        scratch(static_cast<size_t>(threads) * worker(engine, chunk_blocks)),
         label_order(static_cast<size_t>(blocks * kBlock) * 8),
-        worker_bytes(worker(engine, blocks, threads)) {
+        worker_bytes(worker(engine, chunk_blocks)) {
     float* p = lanes.floats();
     const int64_t n = blocks * kBlock;
     label = reinterpret_cast<int32_t*>(p);
@@ -216,8 +180,8 @@ struct Backward {
   }
 
   // Logits of a thread's blocks of tokens; staged rows.
-  static int64_t worker(const Engine& engine, int64_t blocks, int threads) {
-    const int64_t z = at_most(blocks, tokens_of_chunk(threads) / kBlock) * kTile * 4;
+  static int64_t worker(const Engine& engine, int64_t chunk_blocks) {
+    const int64_t z = chunk_blocks * kTile * 4;
     const int64_t stage = engine.stage_bytes();
     return ceil_div((z > stage ? z : stage) + 2 * engine.padded * 4, 4096) * 4096 + 64;
   }
@@ -260,63 +224,38 @@ struct Backward {
     const typename Engine::Session session;
     (void)session;
     uint8_t* own = scratch.bytes() + thread * worker_bytes;
-    pack_hidden(own, thread);
+    for (int64_t b = thread; b < blocks; b += threads) {
+      head.pack_tokens(own, b);
+      products.pack_tokens(own, b);
+    }
     pack_chunk(0, thread);
     barrier.wait();
     int64_t next_label = 0;
     for (int64_t v = 0; v < args.vocab; v += kChunkRows) {
-      const int64_t rows = at_most(kChunkRows, args.vocab - v), n_panels = ceil_div(rows, kPanel);
+      const int64_t rows = at_most(kChunkRows, args.vocab - v);
       for (int64_t first = 0; first < blocks; first += chunk_blocks) {
         const int64_t n = at_most(chunk_blocks, blocks - first);
-        const typename Engine::Gradient gradient = {
-            reinterpret_cast<decltype(Engine::Gradient::by_row)>(by_row.bytes()),
-            reinterpret_cast<decltype(Engine::Gradient::by_block)>(by_block.bytes()), chunk_blocks * kBlock};
-        over_tokens(thread, reinterpret_cast<float*>(own), gradient, v, rows, first, n);
+        over_tokens(thread, reinterpret_cast<float*>(own), v, rows, first, n);
         barrier.wait();
         const bool last = first + n == blocks;
-        for (int64_t p = thread; p < n_panels; p += threads) {
-          // Sums that another chunk of tokens goes on with need a place for each panel.
-          float* sums = dw.floats() + (chunk_blocks == blocks ? thread : p) * columns * kTile;
-          if (need_dw) {
-            Engine::multiply(Engine::gradient_panel(gradient, p * kPanel), steps(n),
-                             Engine::columns_at(column_blocks.bytes(), first), engine.columns_stride(blocks), columns,
-                             sums, kTile, first > 0, static_cast<NoEpilogue*>(nullptr), Prefetcher());
-          }
+        for (int64_t p = thread; p < ceil_div(rows, kPanel); p += threads) {
+          const float* sums = products.add_dw(p, thread, first, n);
           if (last) next_label = finish_rows(sums, reinterpret_cast<float*>(own), v, p * kPanel, next_label);
         }
         if (last && v + kChunkRows < args.vocab) pack_chunk(v + kChunkRows, thread);
         barrier.wait();
       }
     }
-    if (need_dh) finish_hidden(thread, reinterpret_cast<float*>(own));
-  }
-
-  // Steps of K that n blocks of tokens, or of vocabulary rows, make.
-  static int64_t steps(int64_t n) { return n * kBlock / Engine::kStep; }
-
-  void pack_hidden(uint8_t* staged, int thread) {
-    for (int64_t b = thread; b < blocks; b += threads) {
-      const int64_t t = b * kBlock;
-      engine.stage_tokens(staged, args.hidden, args.rows, t, at_most(kBlock, args.tokens - t));
-      engine.pack_tokens(packed.bytes() + b * engine.block_bytes(), staged);
-      if (need_dw) engine.pack_columns(column_blocks.bytes(), staged, b, blocks);
-    }
+    if (products.need_dh) finish_hidden(thread, reinterpret_cast<float*>(own));
   }
 
   void pack_chunk(int64_t v, int thread) {
-    const int64_t rows = at_most(kChunkRows, args.vocab - v);
-    for (int64_t p = thread; p < ceil_div(rows, kPanel); p += threads) {
-      uint8_t* to = panels.bytes() + p * engine.panel_bytes();
-      const int64_t first = v + p * kPanel, next = first + threads * kPanel, left = v + rows - next;
-      engine.pack_panel(
-          to, args.weight, first, at_most(kPanel, v + rows - first),
-          Prefetcher(args.weight, next, left < 0 ? 0 : at_most(kPanel, left), args.width, engine.k_steps()));
-      if (need_dh) engine.pack_transposed(transposed.bytes(), to, p);
+    for (int64_t p = thread; p < ceil_div(at_most(kChunkRows, args.vocab - v), kPanel); p += threads) {
+      products.pack_panel(head.pack_panel(v, p, threads), p);
     }
   }
 
-  void over_tokens(int thread, float* z, typename Engine::Gradient gradient, int64_t v, int64_t rows, int64_t first,
-                   int64_t n) {
+  void over_tokens(int thread, float* z, int64_t v, int64_t rows, int64_t first, int64_t n) {
     const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
     if (begin == end) return;
     const int64_t at = first * kBlock, n_panels = ceil_div(rows, kPanel);
@@ -328,21 +267,13 @@ struct Backward {
                                   of_label + at,
                                   label_grad + at,
                                   grad.dbias == nullptr ? nullptr : bias_part.floats() + first * kChunkRows,
-                                  gradient,
+                                  products.gradient(),
                                   begin};
-    const uint8_t* tokens = packed.bytes() + (first + begin) * engine.block_bytes();
     for (int64_t p = 0; p < n_panels; ++p) {
       epilogue.panel(v + p * kPanel, static_cast<int>(at_most(kPanel, rows - p * kPanel)), p * kPanel);
-      Engine::multiply(engine.packed_panel(panels.bytes() + p * engine.panel_bytes()), engine.k_steps(), tokens,
-                       engine.block_bytes(), end - begin, z, kTile, false, &epilogue, Prefetcher());
+      head.multiply(p, first + begin, end - begin, z, &epilogue);
     }
-    if (!need_dh) return;
-    for (int64_t j = 0; j < columns; ++j) {
-      Engine::multiply(engine.transposed_panel(panels.bytes(), transposed.bytes(), j), steps(n_panels),
-                       Engine::gradient_block(gradient, begin), Engine::gradient_stride(), end - begin,
-                       dh.floats() + ((first + begin) * columns + j) * kTile, columns * kTile, v > 0,
-                       static_cast<NoEpilogue*>(nullptr), Prefetcher());
-    }
+    products.add_dh(head.panels.bytes(), n_panels, first, begin, end, v > 0);
   }
 
   // A panel's rows of dW and dbias: add the labels' own terms, in the order of tokens, and write. `label_at` is a place
@@ -355,9 +286,8 @@ struct Backward {
     for (int64_t r = first; r < end; ++r) {
       int64_t stop = label_at;
       while (stop < args.tokens && order[stop] >> 32 == r) ++stop;
-      if (need_dw) {
-        const float* from = sums + (r - first) * kBlock;
-        for (int64_t j = 0; j < columns; ++j) std::memcpy(row + j * kBlock, from + j * kTile, kBlock * 4);
+      if (products.need_dw) {
+        products.dw_row(row, sums, r - first);
         for (int64_t i = label_at; i < stop; ++i) {
           const int64_t t = order[i] & 0xffffffff;
           read_factor(h, args.hidden, token_row(args, t));
@@ -387,8 +317,7 @@ struct Backward {
   void finish_hidden(int thread, float* row) {
     float* w = row + engine.padded;
     for (int64_t t = thread; t < args.tokens; t += threads) {
-      const float* from = dh.floats() + t / kBlock * columns * kTile + t % kBlock;
-      for (int64_t k = 0; k < args.width; ++k) row[k] = from[k / kBlock * kTile + k % kBlock * kBlock];
+      products.dh_row(row, t);
       if (label[t] >= 0) {
         read_factor(w, args.weight, label[t]);
         for (int64_t k = 0; k < args.width; ++k) row[k] += label_grad[t] * w[k];

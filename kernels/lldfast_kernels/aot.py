@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +20,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lldfast_kernels import common, linear_logprob, logprob, sketch, tuning
+from lldfast_kernels import common, distill, linear_logprob, logprob, sketch, tuning
 
+_INPUTS = ("x_ptr", "h_ptr", "w_ptr", "a_ptr", "b_ptr", "student_ptr", "teacher_ptr")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POINTERS = {
-    "bias_ptr": "*fp32", "label_ptr": "*i64", "best_ptr": "*i32", "argmax_ptr": "*i64", "softcap": "fp32", "scale": "fp32",
+    "bias_ptr": "*fp32", "label_ptr": "*i64", "best_ptr": "*i32", "argmax_ptr": "*i64",
     "sketch_ptr": "*fp64", "sums_ptr": "*fp64", "total_ptr": "*fp64", "n": "i64", "offset": "i64",
 }  # fmt: skip
 _INTEGERS = {
     "T", "V", "D", "G", "k", "width", "vocab", "splits", "split", "parts", "lead", "lead_x", "lead_o", "row_tiles", "first_block",
-    "first_tile", "tiles", "blocks", "programs", "sums_at", "sums_stride", "seed_lo", "seed_hi", "count",
+    "first_tile", "tiles", "blocks", "programs", "sums_at", "sums_stride", "seed_lo", "seed_hi", "count", "V_S", "V_T",
 }  # fmt: skip
+_NUMBERS = {"softcap", "scale", "inv_t", "a", "inv_a", "lam", "rest", "x", "y", "s", "inv_x", "inv_y", "inv_s"}
 
 
 class Spec(NamedTuple):
@@ -50,8 +53,10 @@ class Spec(NamedTuple):
             elif arg.endswith("_desc"):
                 rows = self.constexprs["BLOCK_T" if arg == "h_desc" else "BLOCK_V"]
                 signature[arg] = f"tensordesc<{self.dtype}[{rows}, {self.constexprs['BLOCK_D']}]>"
-            elif arg in ("x_ptr", "h_ptr", "w_ptr", "a_ptr", "b_ptr") or (arg == "out_ptr" and "g_ptr" in self.kernel.arg_names):
+            elif arg in _INPUTS or (arg == "out_ptr" and "g_ptr" in self.kernel.arg_names):
                 signature[arg] = f"*{self.dtype}"
+            elif arg in _NUMBERS:
+                signature[arg] = "fp32"
             elif arg.startswith("stride_") or arg in _INTEGERS:
                 signature[arg] = "i32"
             else:
@@ -86,7 +91,7 @@ def specs(capability: int) -> list[Spec]:
         tiles = {tuning.tile("linear_logprob", device, dtype, width): width for width in (2048, 768)}
         for shape, width in tiles.items():
             found += _linear(name, shape, width, capability)
-        found += _sketch(name)
+        found += _sketch(name) + _distill(name, device)
     combine = {"ARGMAX": True, "ENTROPY": True, "BLOCK_T": 128}
     found.append(Spec("logprob_combine", common.logprob_combine_kernel, "fp32", combine))
     found.append(Spec("column_sum", common.column_sum_kernel, "fp32", {"ADD": True, "BLOCK_V": 1024}))
@@ -117,6 +122,33 @@ def _sketch(name: str) -> list[Spec]:
             Spec(f"sketch_fold {name} k=8", fold, name, plain | no_dots | {"ROWS": 1, "LANES": 8}, (), {"num_warps": 1}),
             Spec(f"sketch_outer {name} alone", outer, name, alone, (), outer_warps),
         ]
+    return found
+
+
+def _distill(name: str, device: tuple[int, int]) -> list[Spec]:
+    """Forward KL, AMiD, and D(q, r) with cross entropy at another temperature; "forward" has no gradient."""
+    kl: dict[str, Any] = {
+        "assistant": 1, "a": 0.0, "order": 0, "divergence": 0, "x": 0.0, "y": 0.0, "detach": False, "temperature": 1.0,
+        "ce": False, "normalised": True,
+    }  # fmt: skip
+    amid = kl | {"assistant": 2, "divergence": 2, "x": 0.2, "y": 0.7, "normalised": False}
+    variants = [("kl", kl, True), ("amid", amid, True), ("kl forward", kl, False), ("amid forward", amid, False)]
+    if name == "fp32":
+        taid = kl | {"assistant": 3, "order": 3, "detach": True, "normalised": False}
+        skewed, js = kl | {"assistant": 2, "normalised": True}, kl | {"divergence": 1, "x": 0.5}
+        full = amid | {"order": 1, "temperature": 2.0, "ce": True}
+        variants += [("kl+ce", kl | {"ce": True}, True), ("skl", skewed, True), ("srkl", skewed | {"order": 1}, True)]
+        variants += [("js", js, True), ("taid", taid, True), ("amid full", full, True)]
+    found = []
+    for variant, numbers, grad in variants:
+        spec = SimpleNamespace(**numbers)
+        tile = distill.tile_of(spec, device, DTYPES[name])
+        absent = () if grad and spec.ce else ("label_ptr", "gce_ptr") if grad else ("label_ptr", "gce_ptr", "g_ptr", "out_ptr")
+        flags = distill.constants(spec, grad) | dict.fromkeys(absent) | {"BLOCK_V": tile.BLOCK_V}
+        strides = ("stride_sr", "stride_tr", "stride_or")
+        found.append(
+            Spec(f"distill {variant} {name}", distill.distill_rows_kernel, name, flags, strides, {"num_warps": tile.num_warps})
+        )
     return found
 
 

@@ -84,16 +84,16 @@ def _join(m, s, k):
 
 
 @triton.jit
-def _logs(s_ptr, t_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, MASKED: tl.constexpr, LAST: tl.constexpr):
+def _logs(student_ptr, teacher_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, MASKED: tl.constexpr, LAST: tl.constexpr):
     """A tile of logs Q and P, and of the student's logits relative to their maximum."""
-    z = _read(s_ptr, col, V_S, MASKED, LAST) - top_q
-    p = _read(t_ptr, col, V_T, MASKED, LAST) - top_p
+    z = _read(student_ptr, col, V_S, MASKED, LAST) - top_q
+    p = _read(teacher_ptr, col, V_T, MASKED, LAST) - top_p
     return z * inv_t - log_q, p * inv_t - log_p, z
 
 
 @triton.jit(do_not_specialize=["V_S", "V_T"])
 def distill_rows_kernel(
-    s_ptr, t_ptr, label_ptr, g_ptr, gce_ptr, divergence_ptr, ce_ptr, out_ptr,
+    student_ptr, teacher_ptr, label_ptr, g_ptr, gce_ptr, divergence_ptr, ce_ptr, out_ptr,
     V_S, V_T, stride_sr, stride_tr, stride_or, inv_t, a, inv_a, lam, rest, x, y, s, inv_x, inv_y, inv_s,
     ASSISTANT: tl.constexpr, ORDER: tl.constexpr, DIVERGENCE: tl.constexpr,
     X: tl.constexpr, Y: tl.constexpr, S: tl.constexpr, NORMALISED: tl.constexpr, DETACH: tl.constexpr, CE: tl.constexpr,
@@ -101,8 +101,8 @@ def distill_rows_kernel(
 ):  # fmt: skip
     """One row. FORM: of its gradient. TEMPERED: the temperature is not 1, so cross entropy has a sum of its own."""
     row = tl.program_id(0)
-    s_ptr += row.to(tl.int64) * stride_sr
-    t_ptr += row.to(tl.int64) * stride_tr
+    student_ptr += row.to(tl.int64) * stride_sr
+    teacher_ptr += row.to(tl.int64) * stride_tr
     whole = tl.minimum(V_S, V_T) // BLOCK_V  # tiles that need no mask
     ragged = whole * BLOCK_V
     V = tl.maximum(V_S, V_T)
@@ -115,15 +115,15 @@ def distill_rows_kernel(
     s_p = tl.zeros([BLOCK_V], tl.float32)
     s_1 = tl.zeros([BLOCK_V], tl.float32)
     for i in range(whole):
-        z = _read(s_ptr, i * BLOCK_V + lane, V_S, False, False)
-        p = _read(t_ptr, i * BLOCK_V + lane, V_T, False, False)
+        z = _read(student_ptr, i * BLOCK_V + lane, V_S, False, False)
+        p = _read(teacher_ptr, i * BLOCK_V + lane, V_T, False, False)
         if CE and TEMPERED:
             _m, s_1 = _add_exp(z, m_q, s_1, LOG2E)
         m_q, s_q = _add_exp(z, m_q, s_q, k)
         m_p, s_p = _add_exp(p, m_p, s_p, k)
     for at in range(ragged, V, BLOCK_V):
-        z = _read(s_ptr, at + lane, V_S, True, False)
-        p = _read(t_ptr, at + lane, V_T, True, False)
+        z = _read(student_ptr, at + lane, V_S, True, False)
+        p = _read(teacher_ptr, at + lane, V_T, True, False)
         if CE and TEMPERED:
             _m, s_1 = _add_exp(z, m_q, s_1, LOG2E)
         m_q, s_q = _add_exp(z, m_q, s_q, k)
@@ -139,7 +139,7 @@ def distill_rows_kernel(
             _m, log_1 = _join(m_q, s_1, LOG2E)
         of_label = tl.load(label_ptr + row)
         inside = (of_label >= 0) & (of_label < V_S)
-        z_y = tl.load(s_ptr + of_label, mask=inside, other=NEG_INF).to(tl.float32)
+        z_y = tl.load(student_ptr + of_label, mask=inside, other=NEG_INF).to(tl.float32)
         label = of_label.to(tl.int32)
         ce = log_1 - (z_y - top_q)
     tl.store(ce_ptr + row, ce)
@@ -149,14 +149,14 @@ def distill_rows_kernel(
         m = tl.full([BLOCK_V], LOWEST, tl.float32)
         sum_r = tl.zeros([BLOCK_V], tl.float32)
         for at in range(ragged, V, BLOCK_V):
-            Q, P, z = _logs(s_ptr, t_ptr, at + lane, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, True, False)
+            Q, P, z = _logs(student_ptr, teacher_ptr, at + lane, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, True, False)
             _loss, R, _w, _g, _d = terms(
                 P, Q, 0.0, a, inv_a, lam, rest, x, y, s, inv_x, inv_y, inv_s, ASSISTANT, ORDER, DIVERGENCE, X, Y, S, True
             )
             m, sum_r = _add_exp(R, m, sum_r, LOG2E)
         for i in range(whole):
             col = (whole - 1 - i) * BLOCK_V + lane
-            Q, P, z = _logs(s_ptr, t_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, False, False)
+            Q, P, z = _logs(student_ptr, teacher_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, False, False)
             _loss, R, _w, _g, _d = terms(
                 P, Q, 0.0, a, inv_a, lam, rest, x, y, s, inv_x, inv_y, inv_s, ASSISTANT, ORDER, DIVERGENCE, X, Y, S, True
             )
@@ -175,7 +175,7 @@ def distill_rows_kernel(
         FLIP: tl.constexpr = 1 if NORMALISED else 0
         for i in range(whole):
             col = (FLIP * (whole - 1 - 2 * i) + i) * BLOCK_V + lane
-            Q, P, z = _logs(s_ptr, t_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, False, False)
+            Q, P, z = _logs(student_ptr, teacher_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, False, False)
             part, R, w, g, d = terms(
                 P, Q, log_norm, a, inv_a, lam, rest, x, y, s, inv_x, inv_y, inv_s,
                 ASSISTANT, ORDER, DIVERGENCE, X, Y, S, NORMALISED,
@@ -188,7 +188,7 @@ def distill_rows_kernel(
                     sum_w += w * exp(R)
                 sum_h += d
         for at in range(ragged, V, BLOCK_V):
-            Q, P, z = _logs(s_ptr, t_ptr, at + lane, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, True, False)
+            Q, P, z = _logs(student_ptr, teacher_ptr, at + lane, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, True, False)
             part, R, w, g, d = terms(
                 P, Q, log_norm, a, inv_a, lam, rest, x, y, s, inv_x, inv_y, inv_s,
                 ASSISTANT, ORDER, DIVERGENCE, X, Y, S, NORMALISED,
@@ -214,7 +214,7 @@ def distill_rows_kernel(
             of_hit = g_ce * expm1(-ce)  # p - 1, which a rounded p would lose near 1
         for i in range(whole):
             col = (whole - 1 - i) * BLOCK_V + lane
-            Q, P, z = _logs(s_ptr, t_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, False, True)
+            Q, P, z = _logs(student_ptr, teacher_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, False, True)
             part, dz = _gradient(
                 P, Q, z, col, label, log_norm, log_1, G, H, g_loss, g_ce, of_hit,
                 a, inv_a, lam, rest, x, y, s, inv_x, inv_y, inv_s,
@@ -224,7 +224,7 @@ def distill_rows_kernel(
             tl.store(out_ptr + col, dz.to(out_ptr.dtype.element_ty), eviction_policy="evict_first")
         for at in range(ragged, V, BLOCK_V):
             col = at + lane
-            Q, P, z = _logs(s_ptr, t_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, True, True)
+            Q, P, z = _logs(student_ptr, teacher_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, True, True)
             part, dz = _gradient(
                 P, Q, z, col, label, log_norm, log_1, G, H, g_loss, g_ce, of_hit,
                 a, inv_a, lam, rest, x, y, s, inv_x, inv_y, inv_s,
@@ -320,7 +320,9 @@ def _check(student: Tensor, teacher: Tensor, y: Tensor | None, ce: bool, out: Te
         raise ValueError(f"tensors are on {student.device}: kernels run on a CUDA device, or under TRITON_INTERPRET=1")
     if ce and y is None:
         raise ValueError("cross entropy needs labels")
-    if y is not None and (y.shape != student.shape[:1] or y.dtype not in (torch.int32, torch.int64) or y.device != student.device):
+    if y is not None and (
+        y.shape != student.shape[:1] or y.dtype not in (torch.int32, torch.int64) or y.device != student.device
+    ):
         raise ValueError(f"y must be int64 of shape ({len(student)},) on {student.device}, not {y.dtype} {tuple(y.shape)}")
 
 
@@ -335,8 +337,8 @@ def distill_rows(
 ) -> tuple[Tensor, Tensor]:
     """(divergence [R], cross entropy [R]), fp32; the gradient goes to `out`, where that is given, with g_divergence and g_ce.
 
-    spec: the numbers of a loss by name, as in lldfast/ops/distill_spec.py. Cross entropy is 0 where it wants none. g_ce None is 0.
-    A label outside the student's vocabulary has cross entropy inf.
+    spec: the numbers of a loss by name, as in lldfast/ops/distill_spec.py. Cross entropy is 0 where it wants none, and inf where
+    the label lies outside the student's vocabulary. g_ce None: zeros.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-from lldfast_kernels.common import LOG2E
+from lldfast_kernels.common import INTERPRETED, LOG2E
 
+INTERPRETER = tl.constexpr(INTERPRETED)
 NEG_INF = tl.constexpr(float("-inf"))
 INF = tl.constexpr(float("inf"))
 
@@ -51,6 +53,15 @@ def _log1p_near(y):
 
 
 @triton.jit
+def _log(x):
+    """Relative error 3e-7 where x is below 0.6, in two instructions; tl.log has thirty."""
+    if INTERPRETER:
+        return tl.log(x)
+    else:
+        return libdevice.fast_logf(x)
+
+
+@triton.jit
 def mixture(u, lam, rest):
     """(log(lam e^u + rest) or, where u > 0, that less u, from lam + rest = 1; e^-|u|; the sum under that log)."""
     low = tl.exp2(tl.abs(u) * -LOG2E)
@@ -58,7 +69,7 @@ def mixture(u, lam, rest):
     c = tl.where(up, rest, lam)
     total = tl.where(up, lam, rest) + c * low
     y = c * tl.where(low > 0.61, _expm1_near(-tl.abs(u)), low - 1.0)
-    return tl.where(y > -0.4, _log1p_near(y), tl.log(total)), low, total
+    return tl.where(y > -0.4, _log1p_near(y), _log(total)), low, total
 
 
 @triton.jit

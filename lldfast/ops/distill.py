@@ -157,9 +157,10 @@ def _resolve(
 ) -> Spec:
     if reduction not in ("mean", "sum", "none"):
         raise InputError(f"reduction={reduction!r} is not 'mean', 'sum' or 'none'")
-    if chosen["ce_weight"] and labels is None:
+    spec = resolve(**chosen, **options, backend=choose("distill", backend, *tensors))
+    if spec.ce and labels is None:
         raise InputError(f"ce_weight={chosen['ce_weight']} needs labels")
-    return resolve(**chosen, **options, backend=choose("distill", backend, *tensors))
+    return spec
 
 
 def _linear_loss(

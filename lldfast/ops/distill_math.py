@@ -10,7 +10,8 @@ and delta = A - B; e^A, e^B are written A^, B^:
     AB:  t = -|delta|, S = e^((x + y) max(A, B)), ex = expm1(x t) / x, ey = expm1(y t) / y (t at exponent 0):
          delta >= 0:  dl/dA = -S ey                 dl/dB = S e^(y t) ex
          delta <  0:  dl/dA = S e^(x t) ey          dl/dB = -S ex
-         l = (dl/dA + dl/dB) / (x + y);  at x + y = 0: l = (expm1(x delta) - x delta) / x^2, delta^2 / 2 at x = 0
+         l = (dl/dA + dl/dB) / (x + y), where that cancels l = S (es - ey) / x, S (es - ex) / y with es = expm1((x + y) t) / (x + y);
+         at x = y = 0: l = delta^2 / 2
      e^(x t) ey with y < 0 is 0 times infinity where t is large: there it is e^((x + y) t) expm1(-y t) / -y. Never 1 + x ex.
 
 An entry that both models exclude (-inf) counts nothing, and A^ = 0 makes a term 0 whose limit is 0. With g = dl/dR, d = dl/dQ
@@ -96,9 +97,12 @@ def divergence(a: Tensor, b: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor
     if s > 0:  # A^x B^y and A^s are 0 where A is, whatever the factors look like
         of_a = torch.where(no_a, 0.0, of_a) if x > 0 else of_a
         of_b = torch.where(no_b, 0.0, of_b) if y > 0 else of_b
-    if s:
-        return (of_a + of_b) / s, of_a, of_b
-    return (torch.expm1(x * delta) - x * delta) / (x * x) if x else delta.square() / 2, of_a, of_b
+    if x == y == 0:
+        return delta.square() / 2, of_a, of_b
+    if 2 * abs(s) < max(abs(x), abs(y)):
+        es = torch.expm1(s * t) / s if s else t
+        return scale * torch.where(first, (es - ey) / x, (es - ex) / y), of_a, of_b
+    return (of_a + of_b) / s, of_a, of_b
 
 
 def _far(x: float, y: float, t: Tensor, ey: Tensor) -> Tensor:

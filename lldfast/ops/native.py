@@ -152,6 +152,30 @@ def distill_rows(
     return divergence, ce
 
 
+def distill_linear(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor | None, rows: Tensor | None,
+    vocab: int, spec: Spec, precision: str | None, teacher_precision: str | None, g_divergence: Tensor | None,
+    g_ce: Tensor | None, divergence: Tensor, ce: Tensor, dh: Tensor | None, dw: Tensor | None, isa: str = "",
+) -> None:  # fmt: skip
+    """Fills divergence and ce, fp32 [T], and where they are not empty dh [T, d] and dw [V, d] with the gradient of
+    sum(g_divergence divergence + g_ce ce), from hidden states [T, d] and heads [V, d] of both models; vocab: rows of both heads
+    that are real. Heads without bias, softcap and scale; precision fp32 or bf16."""
+    factors = [columns_contiguous(x) for x in (hidden, weight, teacher_hidden, teacher_weight)]
+    tokens, width = len(hidden) if rows is None else len(rows), hidden.shape[1] + teacher_hidden.shape[1]
+    if tokens == 0:
+        return
+    heads = [
+        (_matrix(h), _matrix(w), h.shape[1], linear_precision(given, h, w))
+        for h, w, given in ((*factors[:2], precision), (*factors[2:], teacher_precision))
+    ]
+    y = labels.long().contiguous() if spec.ce and labels is not None else None
+    gs = [None if g is None else g.float().contiguous() for g in (g_divergence, g_ce)]
+    _module().distill_linear(
+        *heads, _address(rows), tokens, vocab, _address(y), _distill_spec(spec), _address(gs[0]), _address(gs[1]),
+        divergence.data_ptr(), ce.data_ptr(), _matrix(dh), _matrix(dw), _threads(tokens * vocab * width), isa,
+    )  # fmt: skip
+
+
 def sketch_fold(
     out: Tensor, g: Tensor, offset: int, seed: int, scale: Tensor | None, dots: Sequence[Tensor], isa: str = ""
 ) -> Tensor:

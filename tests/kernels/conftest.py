@@ -1,10 +1,12 @@
 """The kernels' tests run in Triton's interpreter, on the CPU; test_aot.py compiles in processes of its own, since the interpreter
-takes the compiler's place for as long as a process lives.
+takes the compiler's place for as long as a process lives. KERNELS_ON_GPU=1 compiles them for the GPU that is there instead, for
+the files whose tests put their tensors on `device`.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import pytest
@@ -24,11 +26,13 @@ def _import_interpreted() -> str:
             interpreter = importlib.import_module("triton.runtime.interpreter")
             if before and not isinstance(language.cdiv, interpreter.InterpretedFunction):
                 return NOT_INTERPRETED
-            for kernels in ("linear_logprob", "sketch"):
+            for kernels in ("distill", "linear_logprob", "sketch"):
                 importlib.import_module(f"lldfast_kernels.{kernels}")
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
     _accept_numpy_2_4(interpreter)
+    # A kernel's launch has patched Triton; to do it again at every call of a device function takes half of the time.
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)  # type: ignore[attr-defined]
     return ""
 
 
@@ -45,12 +49,20 @@ def _accept_numpy_2_4(interpreter: object) -> None:
     interpreter._patch_lang_tensor = patched  # type: ignore[attr-defined]
 
 
-REASON = _import_interpreted()
+ON_GPU = os.environ.get("KERNELS_ON_GPU") == "1"
+REASON = "" if ON_GPU else _import_interpreted()
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if ON_GPU else "cpu"
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip where the kernels cannot be interpreted."""
+    if ON_GPU:
+        return
     if REASON:
         pytest.skip(REASON)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton imports parts of itself at the first launch
