@@ -66,13 +66,25 @@ assert not missing, missing
 step test_logprob 60 "${tests[@]}" tests/test_logprob.py
 step test_linear_logprob 60 "${tests[@]}" tests/test_linear_logprob.py -k cuda
 step test_sketch 60 "${tests[@]}" tests/test_sketch.py -k cuda
-step test_kernels 90 "${tests[@]}" tests/kernels
+step test_kernels 90 "${tests[@]}" tests/kernels --ignore tests/kernels/test_distill.py
+step test_distill 60 "${tests[@]}" tests/test_distill_ops.py -k cuda
+# Most of it is the compilation of some 200 variants of one kernel, so parts run beside each other.
+step test_distill_kernels 120 env KERNELS_ON_GPU=1 bash -c '
+jobs=() failed=0
+for part in "every_loss and -pr]" "every_loss and -qr]" "every_loss and -rp]" "every_loss and -rq]" \
+  "shapes or exponents or detached" "not (every_loss or shapes or exponents or detached)"; do
+  "$@" -k "$part" &
+  jobs+=($!)
+done
+for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+exit "$failed"' - "${tests[@]}" tests/kernels/test_distill.py
 
 sweep nanogpt_forward 80 bench_linear_logprob.py --tokens 65536 --width 768 --vocab 50304 --dtypes bf16
 sweep gemma_forward 100 bench_linear_logprob.py --tokens 32768 --width 2048 --vocab 256000 --dtypes bf16
 sweep nanogpt_train 80 bench_linear_logprob.py --mode train --tokens 16384 --width 768 --vocab 50304
 sweep given_forward 80 bench_logprob.py --tokens 65536 --vocab 50304 50257 --dtypes bf16
 sweep given_train 60 bench_logprob.py --mode train --tokens 16384 --vocab 50304 50257 --dtypes bf16
+sweep distill 60 bench_distill.py --tokens 8192 --width 2048 --vocab 50304 --settings kl amid
 sweep sketch 60 bench_sketch.py
 
 cat "$tables"

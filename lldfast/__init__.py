@@ -32,6 +32,7 @@ _NAMES = {
     "EvalSet": "lldfast.data.evalset",
     "TokenShards": "lldfast.data.shards",
     "DomainMixture": "lldfast.data.mixture",
+    "TeacherCache": "lldfast.data.teachercache",
     "prepare": "lldfast.data.prepare",
     "LLDController": "lldfast.controller",
     "lld_weights": "lldfast.weights",
@@ -52,7 +53,7 @@ _NAMES = {
     "LLDError": "lldfast.errors",
 }
 # submodules that are an interface of their own: lld.gram.estimate(...), lld.weights.adjusted_direction(...)
-_MODULES = ("gram", "weights", "divergence", "schedule", "modelmap")
+_MODULES = ("gram", "weights", "divergence", "schedule", "modelmap", "teach", "generate")
 
 __all__ = [*_NAMES, *_MODULES, "__version__", "backends"]
 
@@ -71,13 +72,14 @@ def __dir__() -> list[str]:
 
 # ruff: noqa: F401  (for type checkers and editors; at run time __getattr__ loads these)
 if TYPE_CHECKING:
-    from lldfast import divergence, gram, modelmap, schedule, weights
+    from lldfast import divergence, generate, gram, modelmap, schedule, teach, weights
     from lldfast.constrained import fit_weights, trust_region_weights
     from lldfast.controller import LLDController
     from lldfast.data.evalset import EvalSet
     from lldfast.data.mixture import DomainMixture
     from lldfast.data.prepare import prepare
     from lldfast.data.shards import TokenShards
+    from lldfast.data.teachercache import TeacherCache
     from lldfast.divergence import jsd_matrix, kl, kl_matrix, nll_gap, true_kl, weight_kl
     from lldfast.errors import LLDError
     from lldfast.loglik import LoglikVector, delta, score

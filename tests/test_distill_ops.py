@@ -1,5 +1,6 @@
 """The distillation ops as functions: heads, weights, labels, layouts, autograd, memory, and what peers' users complain of."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lldfast.backends import extension
+from lldfast.errors import InputError
 from lldfast.ops import native
 from lldfast.ops.dispatch import choose
 from lldfast.ops.distill import distill_loss, distill_loss_from_logits, reference
@@ -45,7 +47,10 @@ class Inputs(NamedTuple):
     labels: torch.Tensor
 
 
-def make(at=Place("cpu", "torch"), tokens=12, vocab=30, teacher_vocab=None, d=8, teacher_d=5, dtype=torch.float32):
+TORCH = Place("cpu", "torch")
+
+
+def make(at=TORCH, tokens=12, vocab=30, teacher_vocab=None, d=8, teacher_d=5, dtype=torch.float32):
     teacher_vocab = teacher_vocab or vocab
     shapes = ((tokens, d), (vocab, d), (tokens, teacher_d), (teacher_vocab, teacher_d))
     made = [(torch.randn(shape) * (1 if i % 2 else 1.5 / shape[1] ** 0.25)).to(dtype) for i, shape in enumerate(shapes)]
@@ -68,7 +73,7 @@ def exact(
 
 
 def close(got, want, factor=1e-5):
-    want = want.to(got.device).double()
+    got, want = got.detach(), want.detach().to(got.device).double()
     assert got.shape == want.shape
     gap = float((got.double() - want).abs().max()) if got.numel() else 0.0
     assert gap <= factor * (1e-2 + float(want.abs().max() if want.numel() else 0)), gap
@@ -229,7 +234,7 @@ def test_mixed_dtypes(at, student, teacher):
 
 def test_heads_of_two_dtypes_and_fp64_of_one_model():
     inputs = make()
-    agrees(Place("cpu", "torch"), inputs._replace(weight=inputs.weight.bfloat16()), factor=2**-7, preset="skl")
+    agrees(TORCH, inputs._replace(weight=inputs.weight.bfloat16()), factor=2**-7, preset="skl")
     double = inputs._replace(teacher_hidden=inputs.teacher_hidden.double(), teacher_weight=inputs.teacher_weight.double())
     loss = distill_loss(*double, preset="skl")
     assert loss.dtype == torch.float64 and abs(float(loss - exact(*inputs, preset="skl"))) < 1e-12
@@ -356,3 +361,174 @@ def test_small_chunks(at, chunk_bytes, dtype):
     z = [torch.randn(50, 30, device=at.device) for _ in range(2)]
     want, got = (distill_loss_from_logits(*z, inputs.labels, backend=at.backend, chunk_bytes=n) for n in (None, chunk_bytes))
     close(got, want, 1e-6)
+
+
+# What users of other implementations report.
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_all_masked_batch_and_no_tokens_are_a_loss_of_zero(at, reduction):
+    inputs = make(at)
+    for function, n in ((distill_loss, 4), (distill_loss_from_logits, 2)):
+        first = inputs[:4] if n == 4 else [torch.randn(12, 30, device=at.device) for _ in range(2)]
+        leaf = first[0].requires_grad_()
+        for labels in (torch.full((12,), -100), torch.zeros(0, dtype=torch.long)):
+            tensors = [x[: len(labels)] if i % 2 == 0 or n == 2 else x for i, x in enumerate(first)]
+            loss = function(*tensors, labels.to(at.device), preset="kl+ce", reduction=reduction, backend=at.backend)
+            assert loss.item() == 0
+            assert bool((torch.autograd.grad(loss, leaf)[0] == 0).all())
+
+
+def test_b_t_v_memory(at):
+    """Peak of what is alive during loss and backward, both models' logits and gradients in chunks: below one [T, V] tensor."""
+    tokens, d, vocab = 2048, 8, 4096
+    inputs = make(at, tokens, vocab, d=d, teacher_d=d)
+    inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
+    options = {"preset": "amid", "chunk_bytes": 1 << 20, "backend": at.backend}
+    if at.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        distill_loss(*inputs, **options).backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            distill_loss(*inputs, **options).backward()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
+        peak = max(itertools.accumulate(e.nbytes() for e in events))
+    # The torch path holds a dozen intermediate results, in pieces of 2 MiB.
+    assert 1 << 20 < peak < tokens * vocab * 4 * 0.6
+
+
+@pytest.mark.parametrize("student,teacher,d", [(30, 34, 6), (34, 30, 6), (151936, 152064, 2)])
+def test_vocabulary_sizes_151936_and_152064(at, student, teacher, d):
+    inputs = make(at, 3, student, teacher, d, d)
+    lacks = "student" if student < teacher else "teacher"
+    infinite = {"preset": "kl" if student < teacher else "rkl"}
+    for options in (infinite, infinite | {"return_tokens": True}):
+        with pytest.raises(InputError, match=f"student has {student} ids and the teacher {teacher}: .* the {lacks} lacks"):
+            distill_loss(*inputs, backend=at.backend, **options)
+    with pytest.raises(InputError, match=f"student has {student} ids"):
+        distill_loss_from_logits(inputs.hidden @ inputs.weight.T, inputs[2] @ inputs[3].T, backend=at.backend, **infinite)
+    shared = min(student, teacher)
+    got = distill_loss(*inputs, valid_vocab=shared, backend=at.backend, **infinite)
+    close(got, exact(inputs[0], inputs[1][:shared], inputs[2], inputs[3][:shared], **infinite))
+    # Missing logits are -inf, never 0: where that is finite it needs no option, and surplus ids keep their mass.
+    for preset in ("jsd", "skl" if student > teacher else "rkl"):
+        agrees(at, inputs, 1e-5 if student < 100 else 3e-4, preset=preset)  # dH: an fp32 sum of 152,000 terms
+
+
+@pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("chosen", SETTINGS)
+def test_pads_of_minus_infinity(at, value, chosen):
+    z = torch.randn(2, 5, 12, device=at.device)
+    labels = torch.randint(9, (5,), device=at.device)
+    padded = z.clone()
+    padded[:, :, 9:] = value
+    leaves = [x.clone().requires_grad_() for x in (z[0, :, :9], padded[0])]
+    options = {"backend": at.backend, **chosen}
+    want = distill_loss_from_logits(leaves[0], z[1, :, :9], labels, **options)
+    got = distill_loss_from_logits(leaves[1], padded[1], labels, **options)
+    close(got, want, 2e-6)
+    slope = torch.autograd.grad(got, leaves[1])[0]
+    close(slope[:, :9], torch.autograd.grad(want, leaves[0])[0], 2e-6)
+    assert bool((slope[:, 9:].abs() <= (0 if value == -math.inf else 1e-37)).all())
+
+
+@pytest.mark.parametrize("order", ["pr", "qr", "rp", "rq"])
+@pytest.mark.parametrize("alpha", [-3.0, -1.0, 0.5, 1.0, 3.0, math.inf])
+def test_one_model_alone_excludes_an_id(at, alpha, order):
+    """Jensen-Shannon is finite on any supports: the limit of logits that fall, on the union or the intersection."""
+    student, teacher = torch.randn(2, 6, 12, device=at.device)
+    options = {"divergence": "js", "order": order, "alpha": alpha, "lam": 0.3}
+    for low in (student, teacher):
+        low[:3, 4] = -math.inf
+        leaf = student.clone().requires_grad_()
+        loss = distill_loss_from_logits(leaf, teacher, backend=at.backend, **options)
+        wide = [x.double().nan_to_num(neginf=-400.0) for x in (student, teacher)]
+        want = reference(wide[0].requires_grad_(), wide[1], **options)
+        close(loss, want)
+        close(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(want, wide[0])[0])
+        low[:3, 4] = 0.5
+
+
+@pytest.mark.filterwarnings("ignore:order=.* mode-seeking")
+@pytest.mark.parametrize("order", ["pr", "qr", "rp", "rq"])
+def test_alpha_above_one_is_not_one(at, order):
+    inputs = make(at)
+    losses = [agrees(at, inputs, order=order, alpha=alpha, lam=0.4).detach() for alpha in (1.0, 1.5, 3.0, 8.0)]
+    assert all(float((a - b).abs() / a.abs()) > 0.01 for a, b in itertools.pairwise(losses))
+
+
+@pytest.mark.parametrize("exponents", [(3.0, -2.0), (2.0, -1.0), (-1.0, 2.0), (-2.0, 3.0)])
+def test_alpha_divergences_beyond_one_of_far_distributions(at, exponents):
+    """e^(x t) is tiny where e^(y t) is huge: 1 + expm1(x t) in its place would be rounding alone, or 0 times infinity."""
+    for gap in (12.0, 20.0, 50.0):
+        low, high = torch.tensor([[0.1, 0.0, -0.2, -gap], [0.0, 0.3, 0.1, -1.0]], device=at.device)
+        student, teacher = (low, high) if exponents[0] < 0 else (high, low)
+        results = []
+        for dtype, backend in ((torch.float32, at.backend), (torch.float64, "torch")):
+            leaf = student[None].to(dtype).requires_grad_()
+            options = {"divergence": "ab", "ab": exponents, "lam": 0, "backend": backend}
+            loss = distill_loss_from_logits(leaf, teacher[None].to(dtype), **options)
+            results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+        for got, want in zip(*results, strict=True):
+            close(got, want, 2e-5)
+
+
+@pytest.mark.parametrize("whose", [0, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_nan_token_stays_nan(at, whose, reduction):
+    inputs = make(at)
+    inputs[whose][4, 1] = math.nan
+    hidden = inputs.hidden.clone().requires_grad_()
+    options = {"preset": "amid", "reduction": reduction, "return_tokens": True, "backend": at.backend}
+    loss, tokens = distill_loss(hidden, *inputs[1:], **options)
+    at_nan = torch.arange(12, device=at.device) == 4
+    assert torch.equal(tokens.divergence.isnan(), at_nan)
+    assert torch.equal(loss.isnan(), at_nan) if reduction == "none" else bool(loss.isnan())
+    slope = torch.autograd.grad(loss.sum(), hidden)[0]
+    assert torch.equal(slope.isnan().all(-1), at_nan) and torch.equal(slope.isnan().any(-1), at_nan)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e4])
+def test_padded_heads_of_50304_for_50257_ids(at, garbage):
+    for real, rows in ((50257, 50304), (13, 16)):
+        inputs, bias = make(at, 5, rows, d=4), torch.randn(2, rows, device=at.device)
+        inputs.labels.remainder_(real)
+        cut = inputs._replace(weight=inputs.weight[:real], teacher_weight=inputs.teacher_weight[:real])
+        want = [x.clone().requires_grad_() for x in cut[:2]]
+        options = {"preset": "kl+ce", "alpha": -3.0, "lam": 0.2, "backend": at.backend}
+        cut_biases = {"student_bias": bias[0, :real], "teacher_bias": bias[1, :real]}
+        want_loss = distill_loss(*want, *cut[2:], **cut_biases, **options)
+        want_slopes = torch.autograd.grad(want_loss, want)
+        for x in (inputs.weight, inputs.teacher_weight, *bias):
+            x[real:] = garbage
+        leaves = [x.requires_grad_() for x in inputs[:2]]
+        loss = distill_loss(*inputs, student_bias=bias[0], teacher_bias=bias[1], valid_vocab=real, **options)
+        assert torch.equal(loss, want_loss)
+        dh, dw = torch.autograd.grad(loss, leaves)
+        for a, b in zip((dh, dw[:real]), want_slopes, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        assert bool((dw[real:] == 0).all())
+        z = [(inputs.hidden @ inputs.weight.T).detach(), inputs[2] @ inputs[3].T]
+        z[0][:, real:] = garbage
+        got = distill_loss_from_logits(*z, valid_vocab=real, preset="skl", backend=at.backend)
+        assert torch.equal(got, distill_loss_from_logits(*(x[:, :real] for x in z), preset="skl", backend=at.backend))
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"student_weight": torch.zeros(5, 7)}, "student_weight has shape"), ({"precision": "fp8"}, "precision='fp8'"),
+    ({"teacher_weight": torch.zeros(5)}, "teacher_weight has shape"), ({"student_bias": torch.zeros(3)}, "bias has shape"),
+    ({"teacher_hidden": torch.zeros(2, 6)}, r"of \(3,\) tokens, teacher_hidden of \(2,\)"),
+    ({"labels": torch.tensor([0, 5, 0])}, "label 5 of token 1"), ({"labels": torch.zeros(3)}, "labels must be int32 or int64"),
+    ({"token_weights": torch.ones(4)}, "token_weights have shape"), ({"logit_scale": math.inf}, "logit_scale must be finite"),
+    ({"token_weights": torch.ones(3).int()}, "must be floating-point"), ({"teacher_softcap": 0.0}, "teacher_softcap must be"),
+])  # fmt: skip
+def test_bad_arguments(change, message):
+    given = {
+        "student_hidden": torch.zeros(3, 4), "student_weight": torch.zeros(5, 4), "teacher_hidden": torch.zeros(3, 6),
+        "teacher_weight": torch.zeros(5, 6), "labels": torch.zeros(3, dtype=torch.long), **change,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=message):
+        distill_loss(**given)

@@ -307,9 +307,9 @@ struct AmxEngine {
     } else {
       F high[2][kV], low[2][kV];
       for (int i = 0; i < 2; ++i) {
-        for (int r2 = 0; r2 < 2; ++r2) {  // cut off, not rounded: exact in bf16, and the rest exact in fp32
-          high[r2][i] = as_floats(as_ints(pair[r2][i]) & static_cast<int32_t>(0xffff0000));
-          low[r2][i] = pair[r2][i] - high[r2][i];
+        for (int j = 0; j < 2; ++j) {  // cut off, not rounded: exact in bf16, and the rest exact in fp32
+          high[i][j] = as_floats(as_ints(pair[i][j]) & static_cast<int32_t>(0xffff0000));
+          low[i][j] = pair[i][j] - high[i][j];
         }
       }
       put_term(a, b, high);

@@ -1,5 +1,5 @@
-// What happens to the blocks of both models' logits in the later sweeps of distill_linear.h over the vocabulary: the sums
-// that the loss and its gradient need, and the gradient.
+// What happens to the blocks of both models' logits in the later sweeps of distill_linear.h over the vocabulary: the
+// sums that the loss and its gradient need, and the gradient.
 #pragma once
 
 #include <cmath>
@@ -47,8 +47,8 @@ inline void finish_sums(const DistillCall& call, int64_t t, double loss, double 
   call.tokens.sum_h[t] = static_cast<float>(through + (m.other_is_student ? of_student : 0.0));
 }
 
-// Rows of an epilogue's block, for one kind of assistant and form: chosen once, called for every piece, since an engine's
-// products compiled for each of the kinds would be as many megabytes.
+// Rows of an epilogue's block, for one kind of assistant and form: chosen once and called for every piece, since an
+// engine's products need not be compiled for each of the kinds.
 template <class Epilogue>
 using Piece = void (*)(Epilogue&, int);
 
@@ -231,8 +231,8 @@ struct SumsEpilogue : DistillBlocks {
   }
 };
 
-// dz of the student's logits, handed to the engine two rows at a time. The label's share of the cross entropy comes from
-// its logprob: near q = 1 it is the small q - 1, which a rounded q would not give.
+// dz of the student's logits, handed to the engine two rows at a time. The label's share of the cross entropy comes
+// from its logprob: near q = 1 it is the small q - 1, which a rounded q would not give.
 template <class Engine>
 struct DistillGradEpilogue : DistillBlocks {
   const typename Engine::Gradient gradient;

@@ -52,13 +52,23 @@ class RunningLogSum {
       top_ = top;
     }
     const F reference = splat(top_ == -kInf ? 0.0f : top_);
+    // The maximum is counted apart: beside its 1, a lane would lose what is small, which is all that p - 1 consists of.
     F sum[4];
-    for (int i = 0; i < 4; ++i) sum[i] = splat(0.0f);
+    I count[4];
+    for (int i = 0; i < 4; ++i) {
+      sum[i] = splat(0.0f);
+      count[i] = splat(0);
+    }
     for (int64_t k = 0; k < n; k += 4 * kWidth) {
-      for (int i = 0; i < 4; ++i) sum[i] += exp(load(z + k + i * kWidth) - reference);
+      for (int i = 0; i < 4; ++i) {
+        const F x = load(z + k + i * kWidth) - reference;
+        const I highest_again = x == 0.0f;
+        sum[i] += select(highest_again, splat(0.0f), exp(x));
+        count[i] -= highest_again;
+      }
     }
     for (int i = 0; i < 4; ++i) {
-      for (int k = 0; k < kWidth; ++k) total_ += sum[i][k];
+      for (int k = 0; k < kWidth; ++k) total_ += static_cast<double>(sum[i][k]) + count[i][k];
     }
   }
 
@@ -86,7 +96,6 @@ class Row {
   Row(const DistillArgs& args, const DistillOut& out, const DistillMath& math, Piece& piece, int64_t row)
       : args_(args), out_(out), m_(math), piece_(piece), row_(row) {
     vocab_ = args.student_vocab > args.teacher_vocab ? args.student_vocab : args.teacher_vocab;
-    // Nobody else's cross entropy is wanted at another temperature.
     plain_is_q_ = m_.inverse_temperature == 1.0f;
   }
 
@@ -154,11 +163,19 @@ class Row {
     }
     p_ = LogSum(p.value());
     q_ = LogSum(q.value());
-    p_over_q_ = LogSum(p.value() - q.value());
+    p_shift_ = shift(p.value());
+    q_shift_ = shift(q.value());
+    p_over_q_ = LogSum((p.value() - p_shift_) - (q.value() - q_shift_));
     if (!args_.spec.ce) return;
     const double log_sum = plain_is_q_ ? q.value() : plain.value();
     plain_ = LogSum(log_sum);
     logprob_ = z_label - log_sum;
+  }
+
+  // What to take from logits before their difference: far from 0, where that loses no digits of theirs, the other
+  // model's would be lost.
+  static float shift(double log_sum) {
+    return std::fabs(log_sum) < 64.0 ? 0.0f : static_cast<float>(std::rint(log_sum));
   }
 
   // P, Q and P - Q of a piece.
@@ -166,11 +183,12 @@ class Row {
     const int64_t n = read(piece_.q, args_.student, args_.student_vocab, first);
     read(piece_.p, args_.teacher, args_.teacher_vocab, first);
     for (int64_t k = 0; k < n; k += kWidth) {
-      const F p = load(piece_.p + k), q = load(piece_.q + k);
-      const F delta = select(p == q, splat(0.0f), p - q);  // -inf - -inf is no difference
-      store(piece_.p + k, p_.normalise(p * m_.inverse_temperature));
-      store(piece_.q + k, q_.normalise(q * m_.inverse_temperature));
-      store(piece_.p_minus_q + k, p_over_q_.normalise(delta * m_.inverse_temperature));
+      const F p = load(piece_.p + k) * m_.inverse_temperature, q = load(piece_.q + k) * m_.inverse_temperature;
+      const F delta = (p - p_shift_) - (q - q_shift_);
+      store(piece_.p + k, p_.normalise(p));
+      store(piece_.q + k, q_.normalise(q));
+      // -inf - -inf is no difference.
+      store(piece_.p_minus_q + k, p_over_q_.normalise(select(is_nothing(p) & is_nothing(q), splat(0.0f), delta)));
     }
     return n;
   }
@@ -288,6 +306,7 @@ class Row {
   int64_t row_, vocab_;
   bool plain_is_q_;
   LogSum p_, q_, p_over_q_, r_, plain_;
+  float p_shift_ = 0.0f, q_shift_ = 0.0f;
   double logprob_ = 0.0;  // of the label, at temperature 1
 };
 

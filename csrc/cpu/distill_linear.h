@@ -32,8 +32,8 @@ struct DistillLinearArgs {
   int threads;
 };
 
-// By row of hidden. Null dh and dw: no gradient; else that of sum(g_divergence divergence + g_ce ce). Rows of dh that are
-// not in `rows`, and rows of dw behind vocab, are left as they are.
+// By row of hidden. Null dh and dw: no gradient; else that of sum(g_divergence divergence + g_ce ce). Rows of dh that
+// are not in `rows`, and rows of dw behind vocab, are left as they are.
 struct DistillLinearOut {
   float* divergence;
   float* ce;  // 0 without spec.ce

@@ -7,6 +7,9 @@
 namespace lldfast {
 namespace {
 
+// As kSplitRows; shorter, since the sums of a gradient cancel: fp32 only has to hold these rows, doubles the rest.
+constexpr int64_t kSweepRows = 2048;
+
 template <class T>
 T larger(T a, T b) {
   return a > b ? a : b;
@@ -40,7 +43,7 @@ struct Sweep : TokenGroups {
 
   Sweep(const DistillEngines<Engine>& e, const DistillCall& c)
       : TokenGroups(e.args.tokens, e.args.vocab, e.args.threads,
-                    Engine::kGroupBytes / (e.student.block_bytes() + e.teacher.block_bytes())),
+                    Engine::kGroupBytes / (e.student.block_bytes() + e.teacher.block_bytes()), kSweepRows),
         engines(e),
         args(e.args),
         call(c),
@@ -76,8 +79,9 @@ struct Sweep : TokenGroups {
   void multiply(const Engine& engine, const Matrix& weight, int64_t v, int64_t rows, int64_t end, uint8_t* slab,
                 const uint8_t* packed, int64_t n, float* z, After* epilogue) const {
     const int64_t steps = engine.k_steps(), next = at_most(kPanel, end - v - rows);
-    Engine::multiply(engine.weight_panel(weight, v, rows, slab), steps, packed, engine.block_bytes(), n, z, kTile, false,
-                     epilogue, Prefetcher(weight, v + rows, next, engine.width, Engine::advances(steps, n)));
+    const Prefetcher next_panel(weight, v + rows, next, engine.width, Engine::advances(steps, n));
+    Engine::multiply(engine.weight_panel(weight, v, rows, slab), steps, packed, engine.block_bytes(), n, z, kTile,
+                     false, epilogue, next_panel);
   }
 
   void work(int thread) {
@@ -101,8 +105,8 @@ struct Sweep : TokenGroups {
         Lanes* state = lanes + (slot * splits + s) * group;
         for (int64_t b = 0; b < n; ++b) Epilogue::reset(state[b]);
         Epilogue epilogue(DistillBlocks(call, zs, zt, first), state);
-        const int64_t end = at_most((s + 1) * kSplitRows, args.vocab);
-        for (int64_t v = s * kSplitRows; v < end; v += kPanel) {
+        const int64_t end = at_most((s + 1) * kSweepRows, args.vocab);
+        for (int64_t v = s * kSweepRows; v < end; v += kPanel) {
           const int64_t rows = at_most(kPanel, end - v);
           epilogue.panel(v, static_cast<int>(rows));
           multiply(engines.teacher, args.teacher.weight, v, rows, end, slab, of_teacher, n, zt,
@@ -123,8 +127,8 @@ struct Sweep : TokenGroups {
   }
 };
 
-// The gradient's sweep: for each pair of a chunk of the vocabulary and a chunk of tokens both models' logits are computed
-// once more and dz is kept in the two layouts that the products want. A chunk's dW is complete at once.
+// The gradient's sweep: for each pair of a chunk of the vocabulary and a chunk of tokens both models' logits are
+// computed once more and dz is kept in the two layouts that the products want. A chunk's dW is complete at once.
 template <class Engine>
 struct DistillGradients {
   static constexpr int64_t kChunkRows = Engine::kChunkRows;

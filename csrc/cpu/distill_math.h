@@ -196,7 +196,7 @@ LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r, F o_minus_r) {
     const I up = delta >= 0.0f;
     F scale = splat(1.0f);
     if (m.sum != 0.0f) scale = exp_or_inf(m.sum * select(up, o, r));
-    scale = select(neither, zero, scale);
+    scale = select(delta == 0.0f, zero, scale);  // also where it is infinite
     F x = t, y = t, power_x = splat(1.0f), power_y = splat(1.0f);
     if (m.x != 0.0f) {
       const Exponential e = expm1(m.x * t);
@@ -217,6 +217,9 @@ LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r, F o_minus_r) {
     if (m.sum == 0.0f) {
       loss = m.x == 0.0f ? 0.5f * delta * delta
                          : (expm1(m.x * delta).minus_1 - m.x * delta) * (m.inverse_x * m.inverse_x);
+    }
+    if (m.x < 0.0f || m.y < 0.0f) {  // a difference of infinities; the loss itself is never negative
+      loss = select((loss != loss) & (delta == delta), splat(kInf), loss);
     }
     return {loss, of_o, of_r};
   }

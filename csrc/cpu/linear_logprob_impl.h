@@ -123,8 +123,8 @@ void forward(const LinearLogprobArgs& args, const LogprobOut& out) {
   }
 }
 
-// Backward: for each pair of a chunk of the vocabulary and a chunk of tokens the logits are computed again and dz is kept
-// in the two layouts that the products want.
+// Backward: for each pair of a chunk of the vocabulary and a chunk of tokens the logits are computed again and dz is
+// kept in the two layouts that the products want.
 
 template <class Engine>
 struct Backward {

@@ -26,8 +26,8 @@ struct TokenGroups {
   int64_t blocks, group, groups, splits, ranges, slots, threads;
 
   // fitting: packed blocks that the second cache holds.
-  TokenGroups(int64_t tokens, int64_t vocab, int most_threads, int64_t fitting)
-      : blocks(ceil_div(tokens, kBlock)), splits(ceil_div(vocab, kSplitRows)) {
+  TokenGroups(int64_t tokens, int64_t vocab, int most_threads, int64_t fitting, int64_t split_rows = kSplitRows)
+      : blocks(ceil_div(tokens, kBlock)), splits(ceil_div(vocab, split_rows)) {
     const int64_t most = fitting < 4 ? 4 : fitting > 32 ? 32 : fitting;
     groups = ceil_div(blocks, at_most(most, ceil_div(blocks, most_threads)));
     group = ceil_div(blocks, groups);

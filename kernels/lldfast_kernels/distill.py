@@ -280,6 +280,7 @@ def constants(spec: Any, grad: bool) -> dict[str, Any]:
     elif not detach and toward_p:
         form = MIXED
     x_sign, y_sign, s_sign = ((n > 0) - (n < 0) if powers else 0 for n in (x, y, x + y))
+    s_sign *= 2 if 2 * abs(x + y) < max(abs(x), abs(y)) else 1  # by x + y the loss would cancel
     return {
         "ASSISTANT": spec.assistant, "ORDER": spec.order, "DIVERGENCE": kind, "X": x_sign, "Y": y_sign, "S": s_sign,
         "NORMALISED": bool(spec.normalised), "DETACH": detach, "CE": bool(spec.ce), "TEMPERED": spec.temperature != 1.0,
@@ -295,8 +296,8 @@ def _numbers(spec: Any) -> tuple[float, ...]:
 
 
 def tile_of(spec: Any, device: tuple[int, int] | None, *dtypes: torch.dtype) -> tuning.Tile:
-    """KL against p or q itself has a few exponentials an entry, the rest up to ten."""
-    simple = spec.divergence == KL.value and spec.assistant in (STUDENT.value, TEACHER.value)
+    """KL against p or q itself has a few exponentials an entry, the rest up to ten; cross entropy takes registers."""
+    simple = spec.divergence == KL.value and spec.assistant in (STUDENT.value, TEACHER.value) and not spec.ce
     return tuning.tile("distill_kl" if simple else "distill", device, max(dtypes, key=lambda dtype: dtype.itemsize))
 
 

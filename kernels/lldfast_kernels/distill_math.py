@@ -97,11 +97,23 @@ def assistant(p, q, delta, a, inv_a, lam, rest, ASSISTANT: tl.constexpr):
 
 
 @triton.jit
+def _far(x, y, s, inv_y, t, ey, Y: tl.constexpr):
+    """e^(x t) ey of ey = expm1(y t) / y, which with y < 0 is 0 times infinity where t is large."""
+    if Y < 0:
+        return exp(s * t) * (expm1(-y * t) * -inv_y)
+    else:
+        return exp(x * t) * ey
+
+
+@triton.jit
 def divergence(
     a, b, delta, x, y, s, inv_x, inv_y, inv_s,
     DIVERGENCE: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """(l, dl/dA, dl/dB) of D(A, B); delta = A - B. s = x + y, for JS y = 1 - x; X, Y, S are the signs of x, y, s."""
+    """(l, dl/dA, dl/dB) of D(A, B); delta = A - B. s = x + y, for JS y = 1 - x.
+
+    X, Y, S are the signs of x, y, s; S is 2 or -2 where l by s would cancel.
+    """
     no_a = a == NEG_INF
     no_b = b == NEG_INF
     delta = tl.where(no_a & no_b, 0.0, delta)
@@ -125,21 +137,23 @@ def divergence(
             ex = expm1(x * t) * inv_x
         if Y != 0:
             ey = expm1(y * t) * inv_y
-        of_a = tl.where(first, -ey, (1.0 + x * ex) * ey)
-        of_b = tl.where(first, (1.0 + y * ey) * ex, -ex)
+        scale = 1.0
         if S != 0:
             scale = tl.where(no_a & no_b, 0.0, exp(s * tl.where(first, a, b)))
-            of_a *= scale
-            of_b *= scale
+        of_a = scale * tl.where(first, -ey, _far(x, y, s, inv_y, t, ey, Y))
+        of_b = scale * tl.where(first, _far(y, x, s, inv_x, t, ex, X), -ex)
         if S > 0:  # A^x B^y and A^s are 0 where A is, whatever the factors look like
             if X > 0:
                 of_a = tl.where(no_a, 0.0, of_a)
             if Y > 0:
                 of_b = tl.where(no_b, 0.0, of_b)
-        if S != 0:
+        if S == 1 or S == -1:
             loss = (of_a + of_b) * inv_s
         elif X != 0:
-            loss = (expm1(x * delta) - x * delta) * (inv_x * inv_x)
+            es = t
+            if S != 0:
+                es = expm1(s * t) * inv_s
+            loss = scale * tl.where(first, (es - ey) * inv_x, (es - ex) * inv_y)
         else:
             loss = 0.5 * delta * delta
         return loss, of_a, of_b

@@ -64,7 +64,7 @@ def reference(
         index = labels.clamp(0, zs.shape[-1] - 1)[..., None].long()
         loss = loss - chosen["ce_weight"] * torch.log_softmax(zs, -1).gather(-1, index)[..., 0]
     kept = torch.ones_like(loss) if labels is None else (labels != ignore_index).double()
-    weights = kept if token_weights is None else kept * token_weights.double()
+    weights = kept if token_weights is None else torch.where(kept > 0, token_weights.double(), 0.0)
     loss = torch.where(kept > 0, weights * loss, 0.0)
     if reduction == "none":
         return loss
@@ -97,6 +97,15 @@ def _textbook(a: Tensor, b: Tensor, chosen: dict[str, Any]) -> Tensor:
     return (-((x * a + y * b).exp() - x / s * (s * a).exp() - y / s * (s * b).exp()) / (x * y)).sum(-1)
 
 
+@torch.compiler.assume_constant_result
+def _finite(lacks: str, *spec: Any) -> bool:
+    """Whether the loss is finite where the other model has an id more."""
+    short, long = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    pair = (short, long) if lacks == "student" else (long, short)
+    loss, *_ = distill_math.rows(*pair, None, Spec(*spec), None, None)
+    return math.isfinite(loss.item())
+
+
 def check_support(spec: Spec, student: int, teacher: int) -> None:
     """Refuse vocabularies of different sizes where the ids that only one model has make every loss infinite.
 
@@ -105,11 +114,9 @@ def check_support(spec: Spec, student: int, teacher: int) -> None:
     """
     if student == teacher:
         return
-    short, long = torch.tensor([[0.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
-    pair = (short, long) if student < teacher else (long, short)
-    loss, *_ = distill_math.rows(*pair, None, spec._replace(ce=False), None, None)
-    if not bool(torch.isfinite(loss).all()):
-        lacks = "student" if student < teacher else "teacher"
+    lacks = "student" if student < teacher else "teacher"
+    # Numbers that change in training and change nothing here are no constants to a compiler.
+    if not _finite(lacks, *spec._replace(lam=0.5, temperature=1.0, ce=False)):
         raise InputError(
             f"the student has {student} ids and the teacher {teacher}: with this divergence the ids that the {lacks} lacks make "
             "every loss infinite. If the surplus is padding, give valid_vocab (the tokenizer's size); if not, the two models do "
@@ -297,7 +304,7 @@ def distill_loss(  # type: ignore[misc]
         valid_vocab: size of the vocabulary both models share: rows behind it are padding. Without it, ids that one model lacks
             have logit -inf there.
         precision: as in `linear_logprob`, for both heads; None: inputs as they are.
-        chunk_bytes: bound on one model's chunk of logits; None: 8 MiB on a CPU (but at least 256 tokens), 256 MiB on a GPU.
+        chunk_bytes: bound on one model's chunk of logits; None: 8 MiB on a CPU (but at least 256 tokens), 512 MiB on a GPU.
         return_tokens: give (loss, DistillTokens).
         backend: "auto", "cpp", "triton" or "torch".
 

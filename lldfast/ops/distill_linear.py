@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lldfast.ops import distill_rows, distill_topk
+from lldfast.backends import extension
+from lldfast.ops import distill_rows, distill_topk, native
 from lldfast.ops.chunks import accumulate_dtype, transform_
 from lldfast.ops.distill_logits import kept
 from lldfast.ops.distill_spec import SPEC, Spec
@@ -43,7 +44,7 @@ class Heads(NamedTuple):
 class Factors:
     """A head's real rows for matrix products with fp32 sums, and a buffer of logits that every chunk reuses.
 
-    A head whose dtype the device cannot multiply is widened block by block: a copy of it all would cost more than the logits.
+    On a CPU a head that cannot be multiplied as it is, is widened block by block: a copy of it all would cost more than the logits.
     """
 
     def __init__(
@@ -57,26 +58,33 @@ class Factors:
         # CUDA multiplies 16-bit factors into fp32; a CPU would round the logits to 16 bits, so it gets fp32 factors.
         wide = hidden.device.type == "cuda" and len(kinds) == 1 and next(iter(kinds)).itemsize == 2
         self.factor = next(iter(kinds)) if wide else self.dtype
-        self.as_it_is = weight.dtype == self.factor and (self.narrow is None or self.narrow == weight.dtype)
-        self.buffer: Tensor | None = None
+        self.step = len(self.weight)
+        if weight.dtype != self.factor or self.narrow not in (None, weight.dtype):
+            if hidden.device.type == "cuda":
+                self.weight = self.cast(self.weight)
+            else:
+                self.step = WIDENED_ROWS
+        self.buffers: dict[torch.dtype, Tensor] = {}
 
     def cast(self, x: Tensor) -> Tensor:
         return (x if self.narrow is None else x.to(self.narrow)).to(self.factor)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         vocab = len(self.weight)
-        step = vocab if self.as_it_is else WIDENED_ROWS
-        for first in range(0, vocab, step):
-            part = slice(first, min(first + step, vocab))
+        for first in range(0, vocab, self.step):
+            part = slice(first, min(first + self.step, vocab))
             yield part, self.cast(self.weight[part])
 
+    def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """[rows, V] that the next chunk takes again; rows of whole cache lines, since GPU libraries are slow on others."""
+        vocab, kept = len(self.weight), self.buffers.get(dtype)
+        if kept is None or len(kept) < rows:
+            kept = self.buffers[dtype] = self.weight.new_empty((rows, -(-vocab // 16) * 16), dtype=dtype)
+        return kept[:rows, :vocab]
+
     def logits(self, h: Tensor) -> Tensor:
-        """h W^T [R, V] in the buffer, which the caller may overwrite."""
-        vocab = len(self.weight)
-        if self.buffer is None or len(self.buffer) < len(h):
-            # Rows of whole cache lines: aligned stores, and GPU libraries are slow on others.
-            self.buffer = h.new_empty((len(h), -(-vocab // 16) * 16), dtype=self.dtype)
-        z = self.buffer[: len(h), :vocab]
+        """h W^T [R, V], which the caller may overwrite."""
+        z = self.buffer(len(h), self.dtype)
         for part, w in self.blocks():
             product(h, w.T, z[:, part])
         return z
@@ -121,13 +129,27 @@ def chunks(
             divergence[at], ce[at] = run(z, at, y, None, None, None)
             continue
         slope = None if softcap is None else (z / softcap).square_().neg_().add_(1)
-        divergence[at], ce[at] = run(z, at, y, upstream[0][at], upstream[1][at], z)
+        # In the products' own dtype at once, where nothing else is done to it; else in place.
+        plain = softcap is None and logit_scale == 1.0 and not grads.bias.numel()
+        dz = student.buffer(len(x), student.factor) if plain and student.factor != student.dtype else z
+        divergence[at], ce[at] = run(z, at, y, upstream[0][at], upstream[1][at], dz)
         if slope is not None:
-            z.mul_(slope)
+            dz.mul_(slope)
         if logit_scale != 1.0:
-            z.mul_(logit_scale)
-        student.add_grads(z, x, grads, at)
+            dz.mul_(logit_scale)
+        student.add_grads(dz, x, grads, at)
     return divergence, ce
+
+
+def fits_fused(spec: Spec, heads: Heads, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, plain: bool) -> bool:
+    """Whether `native.distill_linear` takes the call and is fast: AMX for both heads' products. plain: no biases."""
+    if spec.backend != "cpp" or not plain or heads.softcap is not None or heads.teacher_softcap is not None:
+        return False
+    if heads.logit_scale != 1.0 or heads.teacher_logit_scale != 1.0 or min(h.shape[1], th.shape[1], len(w)) == 0:
+        return False
+    precisions = (native.linear_precision(heads.precision, h, w), native.linear_precision(heads.teacher_precision, th, tw))
+    module: Any = extension()
+    return precisions == ("bf16", "bf16") and module is not None and module.isa() == "amx"
 
 
 def sweep(
@@ -151,6 +173,12 @@ def sweep(
             return distill_topk.rows(spec, z, tw[at], th[at].to(dtype), left[at].to(dtype), *rest)
 
         return chunks(spec, student, *options, vocab_s, recorded, upstream, grads)
+    if vocab_s == vocab_t and fits_fused(spec, heads, h, w, th, tw, plain=bias is None and teacher_bias is None):
+        divergence, ce = h.new_zeros(len(h), dtype=dtype), h.new_zeros(len(h), dtype=dtype)
+        gs, to = (None, None) if upstream is None or grads is None else upstream, (None, None) if grads is None else grads[:2]
+        rows, precisions = kept(spec, labels, vocab_s), (heads.precision, heads.teacher_precision)
+        native.distill_linear(h, w, th, tw, labels, rows, vocab_s, spec, *precisions, *gs, divergence, ce, *to)
+        return divergence, ce
     teacher = Factors(th, tw, teacher_bias, vocab_t, heads.teacher_precision, dtype)
 
     def run(z: Tensor, at: slice | Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ and delta = A - B; e^A, e^B are written A^, B^:
     AB:  t = -|delta|, S = e^((x + y) max(A, B)), ex = expm1(x t) / x, ey = expm1(y t) / y (t at exponent 0):
          delta >= 0:  dl/dA = -S ey                 dl/dB = S e^(y t) ex
          delta <  0:  dl/dA = S e^(x t) ey          dl/dB = -S ex
-         l = (dl/dA + dl/dB) / (x + y), where that cancels l = S (es - ey) / x, S (es - ex) / y with es = expm1((x + y) t) / (x + y);
-         at x = y = 0: l = delta^2 / 2
+         l = (dl/dA + dl/dB) / (x + y);  where that cancels, with es = expm1((x + y) t) / (x + y):
+         l = S (es - ey) / x for delta >= 0, S (es - ex) / y for delta < 0;  at x = y = 0: delta^2 / 2
      e^(x t) ey with y < 0 is 0 times infinity where t is large: there it is e^((x + y) t) expm1(-y t) / -y. Never 1 + x ex.
 
 An entry that both models exclude (-inf) counts nothing, and A^ = 0 makes a term 0 whose limit is 0. With g = dl/dR, d = dl/dQ

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from lldfast.ops import distill_math, native
-from lldfast.ops.chunks import CHUNK_BYTES, accumulate_dtype, local_vocab
+from lldfast.ops.chunks import accumulate_dtype, local_vocab
 from lldfast.ops.distill_spec import Spec
 
+# A chunk of one model's logits. On a GPU each chunk also reads and writes the whole dW once, which many rows make cheap.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 # The torch path holds a dozen tensors of a piece's size.
 PIECE_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
 
