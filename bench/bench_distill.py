@@ -101,7 +101,7 @@ def liger(inputs: Inputs, setting: str) -> Callable[[], torch.Tensor] | None:
         return None
     hs, ws, ht, wt = inputs
     module = LigerFusedLinearJSD(jsd_beta=0.0 if setting == "kl" else 0.5)
-    return lambda: module(hs, ws, ht, wt)
+    return lambda: module(hs, ws, ht, wt, None)
 
 
 def linear_methods(inputs: Inputs, setting: str, kind: str, o: argparse.Namespace) -> list[Method]:

@@ -34,6 +34,7 @@ struct DistillMath {
   float x, y;            // JS: weights of o and r; AB: exponents of o and r
   float inverse_x, inverse_y;
   float sum, inverse_sum;  // of the exponents
+  bool by_parts;           // the sum is small beside them
   float inverse_temperature;
 };
 
@@ -70,6 +71,8 @@ inline DistillMath distill_math(const DistillSpec& spec) {
   m.inverse_y = y != 0.0 ? static_cast<float>(1.0 / y) : 0.0f;
   m.sum = static_cast<float>(x + y);
   m.inverse_sum = x + y != 0.0 ? static_cast<float>(1.0 / (x + y)) : 0.0f;
+  const double size_x = x < 0.0 ? -x : x, size_y = y < 0.0 ? -y : y, size_sum = x + y < 0.0 ? -(x + y) : x + y;
+  m.by_parts = 2.0 * size_sum < size_x || 2.0 * size_sum < size_y || (x == 0.0 && y == 0.0);
   m.inverse_temperature = static_cast<float>(1.0 / spec.temperature);
   return m;
 }
@@ -208,15 +211,19 @@ LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r, F o_minus_r) {
       y = e.minus_1 * m.inverse_y;
       power_y = e.value;
     }
-    F of_o = scale * select(up, -y, power_x * y), of_r = scale * select(up, power_y * x, -x);
+    // A large power of the one would meet an underflow of the other: an exponent below 0 takes its own power along.
+    const F far_y = m.y < 0.0f ? exp_or_inf(m.sum * t) * (expm1(-m.y * t).minus_1 * -m.inverse_y) : power_x * y;
+    const F far_x = m.x < 0.0f ? exp_or_inf(m.sum * t) * (expm1(-m.x * t).minus_1 * -m.inverse_x) : power_y * x;
+    F of_o = scale * select(up, -y, far_y), of_r = scale * select(up, far_x, -x);
     if (m.sum > 0.0f) {  // o^x r^y and o^sum are 0 where o is, whatever the factors look like
       if (m.x > 0.0f) of_o = select(no_o, zero, of_o);
       if (m.y > 0.0f) of_r = select(no_r, zero, of_r);
     }
     F loss = (of_o + of_r) * m.inverse_sum;
-    if (m.sum == 0.0f) {
+    if (m.by_parts) {  // by the sum of the exponents the loss would cancel
+      const F both = m.sum == 0.0f ? t : expm1(m.sum * t).minus_1 * m.inverse_sum;
       loss = m.x == 0.0f ? 0.5f * delta * delta
-                         : (expm1(m.x * delta).minus_1 - m.x * delta) * (m.inverse_x * m.inverse_x);
+                         : scale * select(up, (both - y) * m.inverse_x, (both - x) * m.inverse_y);
     }
     if (m.x < 0.0f || m.y < 0.0f) {  // a difference of infinities; the loss itself is never negative
       loss = select((loss != loss) & (delta == delta), splat(kInf), loss);

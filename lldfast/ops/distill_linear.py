@@ -44,7 +44,7 @@ class Heads(NamedTuple):
 class Factors:
     """A head's real rows for matrix products with fp32 sums, and a buffer of logits that every chunk reuses.
 
-    On a CPU a head that cannot be multiplied as it is, is widened block by block: a copy of it all would cost more than the logits.
+    On a CPU a head that cannot be multiplied as it is gets widened block by block: a copy of it would cost more than the logits.
     """
 
     def __init__(
@@ -175,9 +175,12 @@ def sweep(
         return chunks(spec, student, *options, vocab_s, recorded, upstream, grads)
     if vocab_s == vocab_t and fits_fused(spec, heads, h, w, th, tw, plain=bias is None and teacher_bias is None):
         divergence, ce = h.new_zeros(len(h), dtype=dtype), h.new_zeros(len(h), dtype=dtype)
-        gs, to = (None, None) if upstream is None or grads is None else upstream, (None, None) if grads is None else grads[:2]
-        rows, precisions = kept(spec, labels, vocab_s), (heads.precision, heads.teacher_precision)
-        native.distill_linear(h, w, th, tw, labels, rows, vocab_s, spec, *precisions, *gs, divergence, ce, *to)
+        g_divergence, g_ce = upstream or (None, None)
+        dh, dw = (None, None) if grads is None else (grads.hidden, grads.weight)
+        native.distill_linear(
+            h, w, th, tw, labels, kept(spec, labels, vocab_s), vocab_s, spec, heads.precision, heads.teacher_precision,
+            g_divergence, g_ce, divergence, ce, dh, dw,
+        )  # fmt: skip
         return divergence, ce
     teacher = Factors(th, tw, teacher_bias, vocab_t, heads.teacher_precision, dtype)
 

@@ -160,13 +160,14 @@ def distill_linear(
     """Fills divergence and ce, fp32 [T], and where they are not empty dh [T, d] and dw [V, d] with the gradient of
     sum(g_divergence divergence + g_ce ce), from hidden states [T, d] and heads [V, d] of both models; vocab: rows of both heads
     that are real. Heads without bias, softcap and scale; precision fp32 or bf16."""
-    factors = [columns_contiguous(x) for x in (hidden, weight, teacher_hidden, teacher_weight)]
+    hidden, weight = columns_contiguous(hidden), columns_contiguous(weight)
+    teacher_hidden, teacher_weight = columns_contiguous(teacher_hidden), columns_contiguous(teacher_weight)
     tokens, width = len(hidden) if rows is None else len(rows), hidden.shape[1] + teacher_hidden.shape[1]
     if tokens == 0:
         return
     heads = [
         (_matrix(h), _matrix(w), h.shape[1], linear_precision(given, h, w))
-        for h, w, given in ((*factors[:2], precision), (*factors[2:], teacher_precision))
+        for h, w, given in ((hidden, weight, precision), (teacher_hidden, teacher_weight, teacher_precision))
     ]
     y = labels.long().contiguous() if spec.ce and labels is not None else None
     gs = [None if g is None else g.float().contiguous() for g in (g_divergence, g_ce)]
