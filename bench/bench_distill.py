@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -198,7 +199,9 @@ def bench(tokens: int, kind: str, setting: str, o: argparse.Namespace) -> dict[s
     inputs = make(tokens, o.width, o.vocab, kind, o.device)
     where = o.device if o.device.startswith("cuda") else f"{o.device}, {o.threads} threads"
     title = f"{setting}, {o.mode}, {kind}, T={tokens} d={o.width} V={o.vocab}, {where}"
+    torch.set_num_threads(os.cpu_count() or 1)  # fp64 products of this size take a while
     check = check_against(wanted(inputs, setting, o.mode))
+    torch.set_num_threads(o.threads)
     if o.mode == "logits":
         itemsize = 4 if kind != "bf16" else 2
         return run(title, logits_methods(inputs, setting, kind, o), check, o, 3 * itemsize * tokens * o.vocab, "GB/s")

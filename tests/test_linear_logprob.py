@@ -334,7 +334,8 @@ def test_cuda(dtype):
     cpu = [t.double().requires_grad_() for t in (hidden, weight)]
     exact = torch.autograd.grad(F.cross_entropy(cpu[0] @ cpu[1].T, labels), cpu)
     for a, b in zip(grads, exact, strict=True):
-        torch.testing.assert_close(a.cpu().double(), b, rtol=2**-7 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+        # In norm: bf16 products round the logits' gradient, so a small entry may be off by the rounding of large ones.
+        assert float((a.cpu().double() - b).norm() / b.norm()) < (4e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize(

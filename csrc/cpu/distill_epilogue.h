@@ -110,12 +110,12 @@ struct NormaliserEpilogue : DistillBlocks {
         if (any(r > top)) {  // seldom, but for the first rows
           const F higher = max(r, top);
           const F factor = exp(select(sum == 0.0f, splat(0.0f), top - reference_of(higher)));
-          sum *= factor;
+          sum = settled(sum * factor);
           if constexpr (kAssistant) {
-            loss *= factor;
-            wg *= factor;
+            loss = settled(loss * factor);
+            wg = settled(wg * factor);
           }
-          if constexpr (kOther || kAssistant) wr *= factor;
+          if constexpr (kOther || kAssistant) wr = settled(wr * factor);
           top = higher;
         }
         const F mass = exp(r - reference_of(top));

@@ -131,10 +131,10 @@ struct PairEpilogue : DistillBlocks {
       F of_p, of_q, of_1, unused;
       raise(x.max_p + i, t + i, x.sum_p + i, of_p, unused);
       raise(x.max_q + i, s + i, x.sum_q + i, of_q, of_1);
-      store(x.sum_p + i, load(x.sum_p + i) * of_p);
-      store(x.sum_q + i, load(x.sum_q + i) * of_q);
-      if constexpr (kTempered) store(x.sum_1 + i, load(x.sum_1 + i) * of_1);
-      store(x.moment + i, load(x.moment + i) * (call.first_is_teacher ? of_p : of_q));
+      store(x.sum_p + i, settled(load(x.sum_p + i) * of_p));
+      store(x.sum_q + i, settled(load(x.sum_q + i) * of_q));
+      if constexpr (kTempered) store(x.sum_1 + i, settled(load(x.sum_1 + i) * of_1));
+      store(x.moment + i, settled(load(x.moment + i) * (call.first_is_teacher ? of_p : of_q)));
     }
   }
 

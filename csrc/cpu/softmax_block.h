@@ -147,8 +147,8 @@ struct StatsEpilogue {
       const F change = max(splat(-87.0f), select(was == 0.0f, splat(0.0f), before - reference));
       const F factor = exp(change);
       top[i] = reference;
-      sum[i] = was * factor;
-      if constexpr (kEntropy) moment[i] = (load(state.moment + i * kWidth) + was * change) * factor;
+      sum[i] = settled(was * factor);
+      if constexpr (kEntropy) moment[i] = settled((load(state.moment + i * kWidth) + was * change) * factor);
     }
   }
 

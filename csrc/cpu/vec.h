@@ -72,6 +72,19 @@ LLDFAST_INLINE I select(I mask, I a, I b) {
   return mask ? a : b;
 }
 
+// x as it is, rounded. Where a product meets a sum, the compiler may fuse them in one of two unrolled copies of a loop
+// and not in the other (gcc 13 does): then a value would depend on its lane.
+LLDFAST_INLINE F settled(F x) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
+
 // a > b ? a : b, which is b where either is NaN.
 LLDFAST_INLINE F max(F a, F b) {
 #if defined(__AVX512F__)

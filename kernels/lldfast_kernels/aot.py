@@ -144,7 +144,7 @@ def _distill(name: str, device: tuple[int, int]) -> list[Spec]:
         spec = SimpleNamespace(**numbers)
         tile = distill.tile_of(spec, device, DTYPES[name])
         absent = () if grad and spec.ce else ("label_ptr", "gce_ptr") if grad else ("label_ptr", "gce_ptr", "g_ptr", "out_ptr")
-        flags = distill.constants(spec, grad) | dict.fromkeys(absent) | {"BLOCK_V": tile.BLOCK_V, "STAGES": tile.num_stages}
+        flags = distill.constants(spec, grad) | dict.fromkeys(absent) | {"BLOCK_V": tile.BLOCK_V}
         strides = ("stride_sr", "stride_tr", "stride_or")
         found.append(
             Spec(f"distill {variant} {name}", distill.distill_rows_kernel, name, flags, strides, {"num_warps": tile.num_warps})

@@ -97,7 +97,7 @@ def distill_rows_kernel(
     V_S, V_T, stride_sr, stride_tr, stride_or, inv_t, a, inv_a, lam, rest, x, y, s, inv_x, inv_y, inv_s,
     ASSISTANT: tl.constexpr, ORDER: tl.constexpr, DIVERGENCE: tl.constexpr,
     X: tl.constexpr, Y: tl.constexpr, S: tl.constexpr, NORMALISED: tl.constexpr, DETACH: tl.constexpr, CE: tl.constexpr,
-    TEMPERED: tl.constexpr, GRAD: tl.constexpr, FORM: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    TEMPERED: tl.constexpr, GRAD: tl.constexpr, FORM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row. FORM: of its gradient. TEMPERED: the temperature is not 1, so cross entropy has a sum of its own."""
     row = tl.program_id(0)
@@ -114,7 +114,7 @@ def distill_rows_kernel(
     s_q = tl.zeros([BLOCK_V], tl.float32)
     s_p = tl.zeros([BLOCK_V], tl.float32)
     s_1 = tl.zeros([BLOCK_V], tl.float32)
-    for i in tl.range(0, whole, num_stages=STAGES):
+    for i in range(whole):
         z = _read(student_ptr, i * BLOCK_V + lane, V_S, False, False)
         p = _read(teacher_ptr, i * BLOCK_V + lane, V_T, False, False)
         if CE and TEMPERED:
@@ -154,7 +154,7 @@ def distill_rows_kernel(
                 P, Q, 0.0, a, inv_a, lam, rest, x, y, s, inv_x, inv_y, inv_s, ASSISTANT, ORDER, DIVERGENCE, X, Y, S, True
             )
             m, sum_r = _add_exp(R, m, sum_r, LOG2E)
-        for i in tl.range(0, whole, num_stages=STAGES):
+        for i in range(whole):
             col = (whole - 1 - i) * BLOCK_V + lane
             Q, P, z = _logs(student_ptr, teacher_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, False, False)
             _loss, R, _w, _g, _d = terms(
@@ -173,7 +173,7 @@ def distill_rows_kernel(
         sum_w = tl.zeros([BLOCK_V], tl.float32)
         # After the sweep for r~ this one goes upward again.
         FLIP: tl.constexpr = 1 if NORMALISED else 0
-        for i in tl.range(0, whole, num_stages=STAGES):
+        for i in range(whole):
             col = (FLIP * (whole - 1 - 2 * i) + i) * BLOCK_V + lane
             Q, P, z = _logs(student_ptr, teacher_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, False, False)
             part, R, w, g, d = terms(
@@ -212,7 +212,7 @@ def distill_rows_kernel(
         if CE:
             g_ce = tl.load(gce_ptr + row)
             of_hit = g_ce * expm1(-ce)  # p - 1, which a rounded p would lose near 1
-        for i in tl.range(0, whole, num_stages=STAGES):
+        for i in range(whole):
             col = (whole - 1 - i) * BLOCK_V + lane
             Q, P, z = _logs(student_ptr, teacher_ptr, col, V_S, V_T, top_q, log_q, top_p, log_p, inv_t, False, True)
             part, dz = _gradient(
@@ -360,6 +360,6 @@ def distill_rows(
             student, teacher, y.contiguous() if y is not None and spec.ce else None,
             g_divergence if flags["GRAD"] else None, g_ce if flags["GRAD"] and spec.ce else None, divergence, ce, out,
             student.shape[1], teacher.shape[1], student.stride(0), teacher.stride(0), 0 if out is None else out.stride(0),
-            *_numbers(spec), **flags, BLOCK_V=tile.BLOCK_V, STAGES=tile.num_stages, num_warps=tile.num_warps,
+            *_numbers(spec), **flags, BLOCK_V=tile.BLOCK_V, num_warps=tile.num_warps,
         )  # fmt: skip
     return divergence, ce
