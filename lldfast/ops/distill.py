@@ -181,8 +181,11 @@ def _linear_loss(
     needs = [on and x is not None and x.requires_grad for x in (h, w, student_bias)]
     if reduction == "none" or not any(needs):
         return _finish(distill_linear.forward(h, w, *rest), None, weights, ce_weight, reduction, shape, return_tokens)
+    if reduction == "mean":
+        scale = weights.sum()
+        weights = weights / torch.where(scale > 0, scale, 1.0)
     total, divergence, ce, *_ = distill_linear.weighted_sum(weights, ce_weight, h, w, *rest, *needs)
-    return _finish((divergence, ce), total, weights, ce_weight, reduction, shape, return_tokens)
+    return _finish((divergence, ce), total, weights, ce_weight, "sum", shape, return_tokens)
 
 
 @overload

@@ -143,6 +143,8 @@ def chunks(
 
 def fits_fused(spec: Spec, heads: Heads, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, plain: bool) -> bool:
     """Whether `native.distill_linear` takes the call and is fast: AMX for both heads' products. plain: no biases."""
+    if not tw.is_floating_point() or len(set(distill_rows.vocabularies(spec, len(w), len(tw)))) > 1:
+        return False
     if spec.backend != "cpp" or not plain or heads.softcap is not None or heads.teacher_softcap is not None:
         return False
     if heads.logit_scale != 1.0 or heads.teacher_logit_scale != 1.0 or min(h.shape[1], th.shape[1], len(w)) == 0:
@@ -173,7 +175,7 @@ def sweep(
             return distill_topk.rows(spec, z, tw[at], th[at].to(dtype), left[at].to(dtype), *rest)
 
         return chunks(spec, student, *options, vocab_s, recorded, upstream, grads)
-    if vocab_s == vocab_t and fits_fused(spec, heads, h, w, th, tw, plain=bias is None and teacher_bias is None):
+    if fits_fused(spec, heads, h, w, th, tw, plain=bias is None and teacher_bias is None):
         divergence, ce = h.new_zeros(len(h), dtype=dtype), h.new_zeros(len(h), dtype=dtype)
         g_divergence, g_ce = upstream or (None, None)
         dh, dw = (None, None) if grads is None else (grads.hidden, grads.weight)
@@ -217,11 +219,29 @@ def _(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, *rest
 def with_grads(
     g_divergence: Tensor, g_ce: Tensor, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """Divergence and cross entropy [T], and the gradients dH, dW, dbias, fp32, of their sum weighted by g_divergence and g_ce."""
+    """Divergence and cross entropy [T], and the gradients of their sum weighted by g_divergence and g_ce.
+
+    dH, dW, dbias have the dtypes of h, w and bias (fp32 without one); they are summed in fp32 and rounded once.
+    """
     bias, teacher_bias, *options = rest
     heads, spec = _unpack(tuple(options[:-3]))
-    grads = Grads.zeros(h, w, accumulate_dtype(h, w, th, tw), *options[-3:])
-    return (*sweep(spec, heads, h, w, th, tw, labels, bias, teacher_bias, (g_divergence, g_ce), grads), *grads)
+    dtypes = _grad_dtypes(h, w, bias)
+    if fits_fused(spec, heads, h, w, th, tw, bias is None and teacher_bias is None):  # it writes each row once, as it is to be
+        grads = Grads(*(torch.zeros_like(x) for x in _empty_grads(h, w, bias, tuple(options[-3:]))))
+    else:
+        grads = Grads.zeros(h, w, accumulate_dtype(h, w, th, tw), *options[-3:])
+    tokens = sweep(spec, heads, h, w, th, tw, labels, bias, teacher_bias, (g_divergence, g_ce), grads)
+    return (*tokens, *(x.to(t) for x, t in zip(grads, dtypes, strict=True)))
+
+
+def _grad_dtypes(h: Tensor, w: Tensor, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    return h.dtype, w.dtype, torch.float32 if bias is None else bias.dtype
+
+
+def _empty_grads(h: Tensor, w: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    shapes = (h.shape, w.shape, w.shape[:1])
+    dtypes = _grad_dtypes(h, w, bias)
+    return tuple(h.new_empty(s if n else (0,), dtype=t) for s, t, n in zip(shapes, dtypes, needs, strict=True))
 
 
 @with_grads.register_fake
@@ -229,7 +249,7 @@ def _(
     g_divergence: Tensor, g_ce: Tensor, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, labels: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     dtype = accumulate_dtype(h, w, th, tw)
-    return h.new_empty(h.shape[0], dtype=dtype), h.new_empty(h.shape[0], dtype=dtype), *Grads.zeros(h, w, dtype, *rest[-3:])
+    return h.new_empty(h.shape[0], dtype=dtype), h.new_empty(h.shape[0], dtype=dtype), *_empty_grads(h, w, rest[0], rest[-3:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -244,9 +264,9 @@ def _autograd(ctx: Any, g_divergence: Tensor | None, g_ce: Tensor | None) -> tup
     gs = [h.new_zeros(len(h), dtype=dtype) if g is None else g.contiguous() for g in (g_divergence, g_ce)]
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5])
     *_, dh, dw, db = with_grads(*gs, h, w, th, tw, labels, bias, teacher_bias, *ctx.options, *needs)
-    out = [None] * (7 + len(ctx.options))
-    for place, needed, grad, like in ((0, needs[0], dh, h), (1, needs[1], dw, w), (5, needs[2], db, bias)):
-        out[place] = grad.to(like.dtype) if needed else None
+    out: list[Tensor | None] = [None] * (7 + len(ctx.options))
+    for place, needed, grad in zip((0, 1, 5), needs, (dh, dw, db), strict=True):
+        out[place] = grad if needed else None
     return tuple(out)
 
 
@@ -259,7 +279,10 @@ forward.register_autograd(_autograd, setup_context=_setup_context)
     schema=f"(Tensor weights, float ce_weight, {_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def weighted_sum(weights: Tensor, ce_weight: float, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """sum_t weights_t (divergence_t + ce_weight ce_t), divergence and ce [T], and the gradients of the sum: one sweep."""
+    """sum_t weights_t (divergence_t + ce_weight ce_t), divergence and ce [T], and the gradients of the sum: one sweep.
+
+    For a mean the weights have its divisor already: gradients that are final are kept as they are to be, in half the memory.
+    """
     divergence, ce, *grads = with_grads(weights, weights * ce_weight, h, *rest)
     total = (weights.double() * divergence.double()).sum() + ce_weight * (weights.double() * ce.double()).sum()
     return total.to(divergence.dtype), divergence, ce, *grads
@@ -269,7 +292,7 @@ def weighted_sum(weights: Tensor, ce_weight: float, h: Tensor, *rest: Any) -> tu
 def _(weights: Tensor, ce_weight: float, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dtype = accumulate_dtype(h, w, th, tw)
     out = [h.new_empty(shape, dtype=dtype) for shape in ((), h.shape[:1], h.shape[:1])]
-    return *out, *Grads.zeros(h, w, dtype, *rest[-3:])
+    return *out, *_empty_grads(h, w, rest[1], rest[-3:])
 
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
