@@ -20,8 +20,9 @@ from lldfast.ops.distill_spec import SPEC, Spec
 from lldfast.ops.linear_logprob import scale_grads
 from lldfast.ops.torch_linear import LEAST_ROWS, Grads, product
 
-# Rows of a 16-bit head that are widened at a time where the device cannot multiply it as it is.
-WIDENED_ROWS = 4096
+# Rows of a head that are multiplied at a time on a CPU: a 16-bit head is widened no further, and the libraries' own packed copies
+# stay small.
+BLOCK_ROWS = 4096
 
 HEADS = (
     "float? softcap, float logit_scale, float? teacher_softcap, float teacher_logit_scale, str? precision, str? teacher_precision"
@@ -44,7 +45,7 @@ class Heads(NamedTuple):
 class Factors:
     """A head's real rows for matrix products with fp32 sums, and a buffer of logits that every chunk reuses.
 
-    On a CPU a head that cannot be multiplied as it is gets widened block by block: a copy of it would cost more than the logits.
+    A CPU takes it block by block: a widened or packed copy of a whole head would cost more than the logits.
     """
 
     def __init__(
@@ -58,12 +59,10 @@ class Factors:
         # CUDA multiplies 16-bit factors into fp32; a CPU would round the logits to 16 bits, so it gets fp32 factors.
         wide = hidden.device.type == "cuda" and len(kinds) == 1 and next(iter(kinds)).itemsize == 2
         self.factor = next(iter(kinds)) if wide else self.dtype
-        self.step = len(self.weight)
-        if weight.dtype != self.factor or self.narrow not in (None, weight.dtype):
-            if hidden.device.type == "cuda":
-                self.weight = self.cast(self.weight)
-            else:
-                self.step = WIDENED_ROWS
+        if hidden.device.type == "cuda":
+            self.step, self.weight = len(self.weight), self.cast(self.weight)
+        else:
+            self.step = BLOCK_ROWS
         self.buffers: dict[torch.dtype, Tensor] = {}
 
     def cast(self, x: Tensor) -> Tensor:
@@ -253,6 +252,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # the outputs that nobody differentiates are as large as the gradients
     h, w, th, tw, labels, bias, teacher_bias, *ctx.options = inputs
     ctx.save_for_backward(h, w, th, tw, labels, bias, teacher_bias)
 
@@ -296,13 +296,16 @@ def _(weights: Tensor, ce_weight: float, h: Tensor, w: Tensor, th: Tensor, tw: T
 
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # the outputs that nobody differentiates are as large as the gradients
     _, _, h, w, _, _, _, bias, *_ = inputs
     ctx.count = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(h, w, bias, *output[3:])
 
 
-def _sum_autograd(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _sum_autograd(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * ctx.count
     h, w, bias, *grads = ctx.saved_tensors
     scaled = scale_grads(g, h, w, bias, *grads)
     out: list[Tensor | None] = [None] * ctx.count

@@ -233,12 +233,15 @@ def _(
 
 
 def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # the outputs that nobody differentiates are as large as the gradients
     hidden, weight, _, bias = inputs[:4]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(hidden, weight, bias, *output[3:])
 
 
-def _cross_entropy_autograd(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _cross_entropy_autograd(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * len(ctx.needs_input_grad)
     hidden, weight, bias, *sums = ctx.saved_tensors
     dh, dw, db = scale_grads(g, hidden, weight, bias, *sums)
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
