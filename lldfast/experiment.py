@@ -35,6 +35,7 @@ from lldfast.loglik import LoglikVector, score
 from lldfast.methods import parse_method
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig, read_gpt_json
 from lldfast.models.scorer import Scorer, load_scorer
+from lldfast.objective import teacher_identity
 from lldfast.schedule import estimation_steps
 from lldfast.weights import simplex
 from lldfast.weightsfile import disclosure, distillation_disclosure, load_weights
@@ -231,6 +232,13 @@ class Experiment:
         self._teacher = scorer
         return scorer
 
+    def taught_by(self, methods: list[str]) -> dict[str, Any] | None:
+        """Identity of the distilled methods' teacher; finished ones name theirs in their files, since it may be gone."""
+        folders = [self.out / "methods" / name for name in methods]
+        if all((folder / "result.json").exists() for folder in folders):
+            return read_json(folders[0] / "weights.json")["distillation"]["teacher"] if folders else None
+        return teacher_identity(self.teacher())
+
     def measured_steps(self) -> set[int]:
         """Steps of S thinned to about `measure.times`; empty without a target."""
         if self.target is None:
@@ -316,7 +324,7 @@ class Experiment:
     def describe(self, methods: list[str]) -> dict[str, Any]:
         """experiment.json."""
         parsed = [parse_method(name) for name in methods]
-        estimated, distilled = any(m.rule for m in parsed), any(m.distilled for m in parsed)
+        estimated, taught = any(m.rule for m in parsed), self.taught_by([m.name for m in parsed if m.distilled])
         prepared = Path(self.shards.path)
         provenance = next((p for p in (prepared / "prepare.json", prepared.parent / "prepare.json") if p.exists()), None)
         return {
@@ -346,13 +354,8 @@ class Experiment:
             "device": f"{self.device}, {self.dtype}".replace("torch.", ""),
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "disclosure": disclosure("log-likelihood difference" if estimated else None, self.target_identity)
-            + (distillation_disclosure(teacher_identity(self.teacher())) if distilled else ""),
+            + ("" if taught is None else distillation_disclosure(taught)),
         }
-
-
-def teacher_identity(teacher: Scorer | TeacherCache) -> dict[str, Any]:
-    """Who taught, for provenance; a cache recorded it."""
-    return teacher.teacher if isinstance(teacher, TeacherCache) else teacher.identity
 
 
 def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lldfast.errors import InputError
-from lldfast.ops.distill_spec import DEFAULTS, PRESETS, check_recorded, resolve, settings
+from lldfast.ops.distill_spec import DEFAULTS, PRESETS, check_recorded, depends, resolve, settings
 from lldfast.rules import RULES
 
 FIXED_METHODS = ("uniform", "proportional", "fixed", "ground-truth")
@@ -120,10 +120,17 @@ class DistillConfig:
         preset = method.preset or self.preset
         if preset not in LOSSES:
             raise InputError(f"distill.preset {preset!r} is unknown; choose from {', '.join(LOSSES)}")
-        if self.lam_end is not None and steps > 1:
-            first = settings(preset, **given)["beta" if preset == "jsd" else "lam"]
-            given["lam"] = first + (self.lam_end - first) * step / (steps - 1)
+        # A preset that a method names is meant as published, but for TAID, whose lam moves.
+        if self.lam_end is not None and steps > 1 and method.preset in (None, "taid"):
+            first, share = settings(preset, **given)["beta" if preset == "jsd" else "lam"], step / (steps - 1)
+            given["lam"] = min(max((1 - share) * first + share * self.lam_end, 0.0), 1.0)  # both ends exactly
+            given["beta"] = None if preset == "jsd" else given["beta"]
         return {"preset": preset, "ce_weight": self.ce_weight if method.ce else 0.0, **given}
+
+    def record(self, method: Method) -> dict[str, Any]:
+        """The settings of a method's loss for its weights file; JSON has no infinities."""
+        chosen = self.loss(method) | {"lam_end": self.lam_end}
+        return {name: str(x) if isinstance(x, float) and math.isinf(x) else x for name, x in chosen.items()}
 
     def check(self, methods: list[Method]) -> None:
         """Refuse values that could only fail later.
@@ -139,8 +146,20 @@ class DistillConfig:
         if self.teacher and self.cache:
             raise InputError("give distill.teacher or distill.cache, not both")
         for method in distilled:
-            for step in (0, 1):
-                chosen = settings(**self.loss(method, step, 2))
-                resolve(**chosen)
+            for step in range(3):
+                chosen = settings(**self.loss(method, step, 3))
+                spec = resolve(**chosen)
                 if self.cache:
                     check_recorded(chosen)
+                if step == 2 and not depends(spec):
+                    raise InputError(
+                        f"method {method.name!r}: order {chosen['order']!r} at lam {chosen['lam']:g} compares a model with "
+                        "itself (distill.lam, distill.lam_end)"
+                    )
+        seen: dict[tuple[Any, ...], str] = {}
+        for method in distilled:
+            moving = self.lam_end is not None and method.preset in (None, "taid")
+            key = (method.mixture, method.ce, method.preset or self.preset, moving)
+            if key in seen:
+                raise InputError(f"methods {seen[key]!r} and {method.name!r} are the same")
+            seen[key] = method.name

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lldfast.data.teachercache import TeacherCache
+from lldfast.errors import InputError
 from lldfast.methods import DistillConfig, Method
 from lldfast.models.scorer import Scorer
 from lldfast.ops.distill import DistillTokens, distill_loss, distill_loss_from_logits, distill_loss_topk
@@ -63,11 +64,12 @@ class Distillation:
         self, teacher: Scorer, hidden: Tensor, weight: Tensor, rows: Rows, options: dict[str, Any]
     ) -> tuple[Tensor, DistillTokens]:
         ids = rows.x.to(teacher.device)
+        own_dtype = torch.autocast(teacher.device.type, enabled=False)  # distill.dtype, whatever the student computes in
         if not teacher.separate_head:  # its logits are alive for these rows, and so are the student's
-            with torch.no_grad():
+            with torch.no_grad(), own_dtype:
                 logits = teacher.logits(ids).to(hidden.device)
             return distill_loss_from_logits(hidden @ weight.T, logits, rows.y, **options)
-        with torch.no_grad():
+        with torch.no_grad(), own_dtype:
             theirs = teacher.hidden(ids).to(hidden.device)
         if not self._head:
             head = teacher.head()
@@ -78,3 +80,25 @@ class Distillation:
                 "teacher_logit_scale": head.logit_scale,
             }
         return distill_loss(hidden, weight, theirs, labels=rows.y, **self._head, **options)
+
+
+def teacher_identity(teacher: Scorer | TeacherCache) -> dict[str, Any]:
+    """Who teaches, for provenance; a cache recorded it."""
+    return teacher.teacher if isinstance(teacher, TeacherCache) else teacher.identity
+
+
+def fingerprint(teacher: Scorer | TeacherCache | None) -> str | None:
+    """What a checkpoint keeps of its teacher: the hash of the weights, and how much of it was recorded."""
+    if teacher is None:
+        return None
+    return str(teacher_identity(teacher)["hash"]) + (f", top {teacher.k}" if isinstance(teacher, TeacherCache) else "")
+
+
+def check_same_teacher(method: str, before: Any, now: Any) -> None:
+    """Refuse to go on with another teacher than the one that a checkpoint was trained against.
+
+    Raises:
+        InputError: naming both.
+    """
+    if before != now:
+        raise InputError(f"method {method!r} was trained against the teacher {before}, now it is {now}: use another --out")

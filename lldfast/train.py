@@ -29,11 +29,11 @@ from lldfast.controller import LLDController
 from lldfast.data.mixture import DomainMixture
 from lldfast.data.teachercache import TeacherCache
 from lldfast.errors import InputError, TrainingError
-from lldfast.experiment import Experiment, open_data, resolve_location, teacher_identity
+from lldfast.experiment import Experiment, open_data, resolve_location
 from lldfast.files import folder_lock, write_json
 from lldfast.methods import Method, parse_method
 from lldfast.models.scorer import Scorer
-from lldfast.objective import Distillation, Objective, Rows, cross_entropy
+from lldfast.objective import Distillation, Objective, Rows, check_same_teacher, cross_entropy, fingerprint, teacher_identity
 from lldfast.optimizer import make_optimizer
 from lldfast.rules import Rule, aggregation
 from lldfast.runlog import JsonlLog, RunLog
@@ -155,6 +155,7 @@ def train_method(exp: Experiment, name: str) -> None:
     source = make_source(exp, method)
     objective = make_objective(exp, method)
     teacher = exp.teacher() if method.distilled else None
+    taught = fingerprint(teacher)
     windows = teacher.windows if isinstance(teacher, TeacherCache) else None  # a recorded teacher knows these alone
     model = exp.new_model()
     forward = torch.compile(model) if t.compile else model
@@ -177,6 +178,7 @@ def train_method(exp: Experiment, name: str) -> None:
     if checkpoints:
         start, state, arrays = load_checkpoint(checkpoints[-1], model=model, optimizer=optimizer)
         mixture.load_state_dict(state["mixture"])
+        check_same_teacher(name, state.get("teacher"), taught)
         seconds = state["seconds"]
         torch.set_rng_state(torch.from_numpy(arrays.pop("torch_rng")))
         if exp.device.type == "cuda" and "cuda_rng" in arrays:
@@ -258,7 +260,7 @@ def train_method(exp: Experiment, name: str) -> None:
                 arrays["cuda_rng"] = torch.cuda.get_rng_state(exp.device).numpy()
             if source.controller is not None:
                 arrays |= source.controller.state_dict()
-            state = {"mixture": mixture.state_dict(), "seconds": seconds + time.perf_counter() - began}
+            state = {"mixture": mixture.state_dict(), "seconds": seconds + time.perf_counter() - began, "teacher": taught}
             save_checkpoint(folder / "checkpoints", step=step + 1, model=model, optimizer=optimizer, state=state, arrays=arrays)
 
     seconds += time.perf_counter() - began
@@ -355,7 +357,7 @@ def write_method_weights(exp: Experiment, method: Method, source: Source, folder
     fields["disclosure"] = disclosure(fields["rule"], target)
     if method.distilled:
         taught = teacher_identity(exp.teacher())
-        fields["distillation"] = exp.config.distill.loss(method) | {"lam_end": exp.config.distill.lam_end, "teacher": taught}
+        fields["distillation"] = exp.config.distill.record(method) | {"teacher": taught}
         fields["disclosure"] += distillation_disclosure(taught)
     save_weights(folder / "weights.json", weights, **fields)
 

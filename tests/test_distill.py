@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from mpmath import mp, mpf
 
-from lldfast.errors import InputError
 from lldfast.ops import distill_math
 from lldfast.ops.distill import distill_loss_from_logits, reference
-from lldfast.ops.distill_spec import DEFAULTS, ORDERS, PRESETS, resolve, settings
+from lldfast.ops.distill_spec import ORDERS, PRESETS, resolve, settings
 
 ALPHAS = [-math.inf, -5, -3, -1, 0, 0.5, 1 - 1e-5, 1, 1 + 1e-5, 3, 5, math.inf]
 KINDS = ["kl", "rkl", "js", "ab", "alpha"]
@@ -301,6 +300,8 @@ def test_alpha_beta_is_continuous_at_its_special_exponents(kind, dtype, factor):
     logits = make(2, 6, dtype=dtype)
     for x, y in itertools.product((-1e-3, -1e-7, 0, 1e-7, 1e-3), repeat=2):
         near = (kind[0] + x, kind[1] + y)
+        if 0 < max(map(abs, near)) < 1e-4:  # refused: nothing would be left of the loss
+            continue
         got = loss_and_gradient(ours, *logits, divergence="ab", ab=near, lam=0)
         want = oracle_rows(*logits, near, "pr")
         torch.testing.assert_close(got[1].double(), want[1], rtol=0, atol=factor * float(want[1].abs().max()))
@@ -423,61 +424,14 @@ def test_the_temperature_divides_both_logits_but_not_those_of_the_cross_entropy(
     torch.testing.assert_close(both, want[0] + 0.5 * F.cross_entropy(student, labels, reduction="none"))
 
 
-def test_explicit_settings_beat_the_preset_and_none_does_not():
-    assert settings() == DEFAULTS
-    assert settings("amid") == DEFAULTS | PRESETS["amid"]
-    assert settings("skl", lam=0.3, order=None, detach_assistant=False)["lam"] == 0.3
-    assert settings("skl", lam=0.3, order=None)["order"] == "pr"
-    assert settings("taid", detach_assistant=False)["detach_assistant"] is False
-    assert settings("kl+ce", ce_weight=0.0)["ce_weight"] == 0.0
-    assert settings("srkl", lam=0)["lam"] == 0
-    assert settings("ab", ab=(1, 0))["ab"] == (1, 0)
-
-
-def test_lam_of_jsd_is_its_beta():
-    for chosen, beta in (({}, 0.5), ({"lam": 0.2}, 0.2), ({"beta": 0.7}, 0.7), ({"lam": 0.2, "beta": 0.7}, 0.7)):
-        got = settings("jsd", **chosen)
-        assert (got["beta"], got["lam"]) == (beta, 0.0)
-    assert settings(divergence="js", lam=0.2)["lam"] == 0.2  # without the preset it is the assistant's
-
-
-@pytest.mark.parametrize("chosen,message", [
-    ({"preset": "distillm"}, "preset='distillm' is not one of kl, rkl"), ({"order": "qp"}, "order='qp' is not one of pr, qr"),
-    ({"divergence": "tv"}, "divergence='tv' is not one of kl, rkl, js, ab, alpha"), ({"backend": "abacus"}, "abacus"),
-    ({"alpha": math.nan}, "alpha must be a number, not nan"), ({"alpha": "1"}, "alpha must be a number, not '1'"),
-    ({"lam": 1.01}, r"lam is the teacher's share of the assistant: it must be in \[0, 1\], not 1.01"),
-    ({"lam": True}, "lam must be a number, not True"), ({"lam": -0.1}, "lam is the teacher's share"),
-    ({"temperature": 0}, "temperature must be positive and finite, not 0"), ({"temperature": -1.0}, "temperature must be posi"),
-    ({"temperature": math.inf}, "temperature must be positive and finite, not inf"), ({"chunk_bytes": 0}, "chunk_bytes must"),
-    ({"ce_weight": -1.0}, "ce_weight must be >= 0 and finite, not -1.0"), ({"ce_weight": math.inf}, "ce_weight must be >= 0"),
-    ({"divergence": "js", "beta": 0}, "beta must lie between 0 and 1, not 0"), ({"preset": "jsd", "lam": 1}, "beta must lie"),
-    ({"preset": "ab", "ab": (0.1, 0.2, 0.3)}, "ab must be the two exponents"), ({"preset": "ab", "ab": 0.5}, "ab must be the"),
-    ({"divergence": "alpha", "alpha": math.inf}, "the alpha-divergence needs a finite divergence_alpha, not inf"),
-    ({"divergence": "alpha", "divergence_alpha": math.nan}, "needs a finite"), ({"valid_vocab": 0}, "valid_vocab must be"),
-    ({"preset": "ab", "ab": (0.1, math.inf)}, "ab must be finite"), ({"preset": "kl+ce"}, "ce_weight=1.0 needs labels"),
-    ({"reduction": "median"}, "reduction='median' is not 'mean', 'sum' or 'none'"),
-])  # fmt: skip
-def test_bad_settings(chosen, message):
-    with pytest.raises(InputError, match=message):
-        distill_loss_from_logits(*make(), **{"backend": "torch"} | chosen)
-    with pytest.raises(InputError, match="distillation has no setting 'gamma'; it has divergence, order"):
-        settings("kl", gamma=1)
-
-
-WARNED = [
-    *({"order": "qr", "alpha": alpha} for alpha in (1, 1 + 1e-5, 3, math.inf)),
-    {"divergence": "rkl", "order": "pr", "alpha": 1.0}, {"divergence": "ab", "order": "rp", "alpha": 5.0},
-]  # fmt: skip
-SILENT = [
-    *({"order": "qr", "alpha": alpha} for alpha in (1 - 1e-5, -1, -math.inf)), {"order": "pr", "alpha": 3.0},
-    *({"order": "qr", "alpha": 3} | more for more in ({"divergence": "rkl"}, {"divergence": "js"}, {"lam": 1}, {"order": "rq"})),
-    *({"preset": name} for name in PRESETS if name != "kl+ce"), {"order": "rp", "alpha": 3.0, "lam": 0.0},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("chosen,warned", [*((x, True) for x in WARNED), *((x, False) for x in SILENT)])
-def test_collapse_is_warned_of(chosen, warned):
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        distill_loss_from_logits(*make(), backend="torch", **chosen)
-    assert [("collapse" in str(x.message), x.filename == __file__) for x in seen] == [(True, True)] * warned
+@pytest.mark.parametrize("lam", [1e-8, 1e-4, 1 - 1e-4, 1 - 1e-7])
+@pytest.mark.parametrize("kind", ["kl", "ab"])
+def test_shares_near_0_and_1_in_fp32(kind, lam):
+    """1 - (1 - lam) (1 - e^u) is a difference that leaves nothing where lam and e^u are both small."""
+    for alpha, order in itertools.product((-5, -1, 3), ("pr", "rq")):
+        student, teacher = (z.float() for z in make(6, 50, 3.0))
+        chosen = given(kind, order=order, alpha=alpha, lam=lam)
+        got = loss_and_gradient(ours, student, teacher, **chosen)
+        want = loss_and_gradient(reference, student.double(), teacher.double(), reduction="none", **chosen)
+        assert bool(((got[0] - want[0]).abs() <= 1e-5 * (1 + want[0].abs())).all()), (alpha, order)
+        assert float((got[1] - want[1]).norm()) <= 1e-5 * (1 + float(want[1].norm())), (alpha, order)

@@ -7,6 +7,7 @@ import pytest
 from lldfast.config import parse_config
 from lldfast.errors import InputError
 from lldfast.methods import LOSSES, DistillConfig, parse_method
+from lldfast.ops.distill_spec import settings
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,34 @@ def test_a_distilled_method_needs_a_teacher():
     with pytest.raises(InputError, match="needs a teacher"):
         parse_config(["--recipe", "demo", "--target.model", "null", "--method", "distill"])
     assert parse_config(["--recipe", "demo", "--method", "distill", "--distill.alpha", "inf"]).distill.alpha == float("inf")
+
+
+@pytest.mark.parametrize(("lam", "end"), [(0.1, 1.0), (0.9, 0.0), (0.2, 1.0)])
+def test_lam_stays_in_its_range_and_reaches_its_end(lam, end):
+    config = DistillConfig(preset="taid", lam=lam, lam_end=end)
+    for steps in (4, 7, 13, 14, 22, 100, 1200):
+        at = [config.loss(parse_method("distill"), step, steps)["lam"] for step in range(steps)]
+        assert at[0] == lam and at[-1] == end and min(at) >= 0 and max(at) <= 1
+
+
+def test_a_preset_in_a_name_is_as_published_but_taid_moves():
+    config = DistillConfig(lam=None, lam_end=1.0, preset="taid")
+    assert config.loss(parse_method("distill-amid"), 9, 10)["lam"] is None
+    assert config.loss(parse_method("distill-taid"), 9, 10)["lam"] == config.loss(parse_method("distill"), 9, 10)["lam"] == 1.0
+    moving = DistillConfig(preset="jsd", beta=0.3, lam_end=0.9)
+    assert [settings(**moving.loss(parse_method("distill"), i, 3))["beta"] for i in range(3)] == pytest.approx([0.3, 0.6, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("methods", "config", "message"),
+    [
+        (["distill", "uniform+distill"], {}, "are the same"),
+        (["distill+ce", "distill-kl+ce"], {}, "are the same"),
+        (["distill"], {"preset": "skl", "lam_end": 1.0}, "with itself"),
+        (["distill"], {"preset": "srkl", "lam_end": 0.0}, "with itself"),
+        (["distill"], {"preset": "taid", "lam": 0.0, "lam_end": 1.0, "cache": "c"}, "full distribution"),
+    ],
+)
+def test_what_would_train_in_vain(methods, config, message):
+    with pytest.raises(InputError, match=message):
+        DistillConfig(**config).check([parse_method(name) for name in methods])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -269,3 +270,37 @@ def test_lam_of_the_run_reaches_its_end(corpus, target, tmp_path):
         run(config(tmp_path / "run", corpus, ["distill"], target=TargetConfig(model=str(target)), distill=distill))
     log = read_jsonl(tmp_path / "run" / "methods" / "distill" / "log.jsonl")
     assert log[0]["loss"] < 0.3 * log[-1]["loss"]
+
+
+def test_infinite_alpha_ends_in_a_weights_file(corpus, target, tmp_path):
+    distill = DistillConfig(divergence="kl", alpha=-float("inf"), lam=0.5)
+    run(config(tmp_path / "run", corpus, ["distill"], target=TargetConfig(model=str(target)), distill=distill))
+    assert read_json(tmp_path / "run" / "methods" / "distill" / "weights.json")["distillation"]["alpha"] == "-inf"
+
+
+def test_another_teacher_in_the_same_place_is_noticed(corpus, target, tmp_path, monkeypatch):
+    shutil.copytree(target, tmp_path / "teacher")
+    c = config(tmp_path / "run", corpus, ["distill"], distill=DistillConfig(teacher=str(tmp_path / "teacher")))
+    real = Distillation.__call__
+
+    def failing(self, step, *rest):
+        if step == 8:
+            raise KeyboardInterrupt
+        return real(self, step, *rest)
+
+    monkeypatch.setattr(Distillation, "__call__", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(c)
+    monkeypatch.undo()
+    GPT("test-tiny", seed=9).save(tmp_path / "teacher", load_tokenizer("bytes"))
+    with pytest.raises(InputError, match="was trained against the teacher"):
+        run(c)
+
+
+def test_a_finished_run_needs_its_record_no_more(corpus, target, tmp_path):
+    cached = teach(str(target), corpus, tmp_path / "k8", k=8, block_size=BLOCK, max_windows=20, progress=False)
+    make = {"target": TargetConfig(model=str(target)), "distill": DistillConfig(cache=str(cached))}
+    run(config(tmp_path / "run", corpus, ["distill"], **make))
+    shutil.rmtree(cached)
+    run(config(tmp_path / "run", corpus, ["distill", "uniform"], **make))
+    assert "teacher" in read_json(tmp_path / "run" / "experiment.json")["disclosure"]

@@ -41,7 +41,7 @@ def reference(
     """The oracle of `distill_loss_from_logits`: textbook formulas in fp64 under plain autograd, finite logits only."""
     chosen = settings(preset, **given)
     lam, alpha, temperature = float(chosen["lam"]), float(chosen["alpha"]), chosen["temperature"]
-    zs, zt = (z.double()[..., :valid_vocab] for z in (student_logits, teacher_logits.detach()))
+    zs, zt = (z.double()[..., :valid_vocab] for z in (student_logits, _fixed(teacher_logits)))
     vocab = max(zs.shape[-1], zt.shape[-1])
     q, p = (
         torch.nn.functional.pad(torch.log_softmax(z / temperature, -1), (0, vocab - z.shape[-1]), value=-1e30) for z in (zs, zt)
@@ -68,7 +68,7 @@ def reference(
     loss = torch.where(kept > 0, weights * loss, 0.0)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / torch.where(weights.sum() > 0, weights.sum(), 1.0)
+    return loss.sum() if reduction == "sum" else loss.sum() / torch.where(weights.sum() != 0, weights.sum(), 1.0)
 
 
 def _textbook(a: Tensor, b: Tensor, chosen: dict[str, Any]) -> Tensor:
@@ -106,6 +106,21 @@ def _finite(lacks: str, *spec: Any) -> bool:
     return math.isfinite(loss.item())
 
 
+def _check_sizes(**inputs: Tensor) -> None:
+    """Refuse what has no tokens' dimension, or no vocabulary or width."""
+    for name, x in inputs.items():
+        least = 2 if name.endswith("weight") else 1
+        if x.dim() < least or x.shape[-1] == 0 or (least == 2 and x.shape[0] == 0):
+            raise InputError(f"{name} has shape {tuple(x.shape)}: every dimension but that of the tokens must be at least 1")
+
+
+def _fixed(x: Tensor) -> Tensor:
+    """Of the teacher: no gradient; one that inference mode made is copied, since autograd cannot keep it."""
+    if torch.compiler.is_compiling():
+        return x.detach()
+    return x.clone() if x.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled() else x.detach()
+
+
 def check_support(spec: Spec, student: int, teacher: int) -> None:
     """Refuse vocabularies of different sizes where the ids that only one model has make every loss infinite.
 
@@ -136,7 +151,7 @@ def _finish(
         if total is None:
             total = (weights * (divergence + ce_weight * ce)).sum(dtype=torch.float64).to(divergence.dtype)
         scale = weights.sum()
-        loss = total if reduction == "sum" else total / torch.where(scale > 0, scale, 1.0)
+        loss = total if reduction == "sum" else total / torch.where(scale != 0, scale, 1.0)
     if not return_tokens:
         return loss
     return loss, DistillTokens(divergence.detach().reshape(shape), ce.detach().reshape(shape))
@@ -151,6 +166,8 @@ def _weights(labels: Tensor | None, token_weights: Tensor | None, ignore_index: 
     kept = like.new_ones(shape).reshape(-1) if labels is None else (labels != ignore_index).reshape(-1).to(like.dtype)
     if token_weights is None:
         return kept
+    if not isinstance(token_weights, Tensor):
+        raise InputError(f"token_weights must be a tensor, not {type(token_weights).__name__}")
     if tuple(token_weights.shape) != tuple(shape):
         raise InputError(f"token_weights have shape {tuple(token_weights.shape)}, the inputs have {tuple(shape)} tokens")
     if token_weights.device != like.device or not token_weights.is_floating_point():
@@ -183,7 +200,7 @@ def _linear_loss(
         return _finish(distill_linear.forward(h, w, *rest), None, weights, ce_weight, reduction, shape, return_tokens)
     if reduction == "mean":
         scale = weights.sum()
-        weights = weights / torch.where(scale > 0, scale, 1.0)
+        weights = weights / torch.where(scale != 0, scale, 1.0)
     total, divergence, ce, *_ = distill_linear.weighted_sum(weights, ce_weight, h, w, *rest, *needs)
     return _finish((divergence, ce), total, weights, ce_weight, "sum", shape, return_tokens)
 
@@ -231,12 +248,13 @@ def distill_loss_from_logits(  # type: ignore[misc]
     )  # fmt: skip
     shape = student_logits.shape[:-1]
     check_tensors({"student_logits": student_logits, "teacher_logits": teacher_logits}, labels, shape)
+    _check_sizes(student_logits=student_logits, teacher_logits=teacher_logits)
     if teacher_logits.shape[:-1] != shape:
         raise InputError(f"student_logits are of {tuple(shape)} tokens, teacher_logits of {tuple(teacher_logits.shape[:-1])}")
     options = {"ignore_index": ignore_index, "valid_vocab": valid_vocab, "chunk_bytes": chunk_bytes}
     spec = _resolve(labels, reduction, backend, (student_logits, teacher_logits), chosen, **options)
     check_support(spec, *vocabularies(spec, student_logits.shape[-1], teacher_logits.shape[-1]))
-    s, t = (z.reshape(-1, z.shape[-1]) for z in (student_logits, teacher_logits.detach()))
+    s, t = (z.reshape(-1, z.shape[-1]) for z in (student_logits, _fixed(teacher_logits)))
     y = None if labels is None else labels.reshape(-1)
     tokens = distill_logits.forward(s, t, y, *spec)
     weights = _weights(labels, token_weights, ignore_index, shape, tokens[0].detach())
@@ -325,6 +343,9 @@ def distill_loss(  # type: ignore[misc]
         "teacher_weight": teacher_weight, "student_bias": student_bias, "teacher_bias": teacher_bias,
     }  # fmt: skip
     check_tensors(inputs, labels, shape)
+    _check_sizes(
+        student_hidden=student_hidden, student_weight=student_weight, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight
+    )
     check_precision(precision)
     if teacher_hidden.shape[:-1] != shape:
         raise InputError(f"student_hidden are of {tuple(shape)} tokens, teacher_hidden of {tuple(teacher_hidden.shape[:-1])}")
@@ -345,11 +366,11 @@ def distill_loss(  # type: ignore[misc]
     spec = _resolve(labels, reduction, backend, tensors, chosen, **options)
     check_support(spec, *vocabularies(spec, student_weight.shape[0], teacher_weight.shape[0]))
     h, w, student_precision = autocast_factors(student_hidden, student_weight, precision)
-    th, tw, teacher_precision = autocast_factors(teacher_hidden.detach(), teacher_weight.detach(), precision)
+    th, tw, teacher_precision = autocast_factors(_fixed(teacher_hidden), _fixed(teacher_weight), precision)
     h, th = (x.reshape(-1, x.shape[-1]) for x in (h, th))
     y = None if labels is None else labels.reshape(-1)
     of_heads = Heads(softcap, logit_scale, teacher_softcap, teacher_logit_scale, student_precision, teacher_precision)
-    rest = (th, tw, y, student_bias, None if teacher_bias is None else teacher_bias.detach(), *of_heads, *spec)
+    rest = (th, tw, y, student_bias, None if teacher_bias is None else _fixed(teacher_bias), *of_heads, *spec)
     return _linear_loss(
         h, w, rest, accumulate_dtype(*tensors), chosen["ce_weight"], labels, token_weights, shape, reduction, return_tokens
     )
@@ -393,32 +414,32 @@ def distill_loss_topk(
 
     Raises:
         InputError: as `distill_loss`; also for alpha >= 1 with lam in (0, 1), where the minimum is at p = q only if the teacher's
-            whole support is known, and for another temperature than that of the record, 1.
+            whole support is known, and for another temperature than that of the record, 1. That the ids of a token differ and
+            that its probabilities sum to 1 is not checked.
     """
     chosen = settings(preset, **given)
-    check_recorded(chosen)
     shape = student_hidden.shape[:-1]
     inputs = {
         "student_hidden": student_hidden, "student_weight": student_weight, "logprob": logprob, "left": left,
         "student_bias": student_bias,
     }  # fmt: skip
     check_tensors(inputs, labels, shape)
+    _check_sizes(student_hidden=student_hidden, student_weight=student_weight)
     check_precision(precision)
-    if ids.is_floating_point() or ids.shape != logprob.shape or ids.shape[:-1] != shape or left.shape != shape:
+    fits = ids.shape == logprob.shape and ids.shape[:-1] == shape and left.shape == shape and ids.shape[-1:] != (0,)
+    if ids.dtype not in (torch.int32, torch.int64) or not fits:
         raise InputError(
-            f"of {tuple(shape)} tokens ids (integers) and logprob must be [..., k] and left [...], not {ids.dtype} "
+            f"of {tuple(shape)} tokens ids (int32 or int64) and logprob must be [..., k] and left [...], not {ids.dtype} "
             f"{tuple(ids.shape)}, {tuple(logprob.shape)}, {tuple(left.shape)}"
         )
     if student_weight.dim() != 2 or student_weight.shape[1] != student_hidden.shape[-1]:
         raise InputError(f"student_weight has shape {tuple(student_weight.shape)}: it must be [V, {student_hidden.shape[-1]}]")
     check_bias(student_bias, student_weight.shape[0])
-    vocab = len(student_weight) if valid_vocab is None else min(valid_vocab, len(student_weight))
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
-        raise InputError(f"ids of the teacher reach from {int(ids.min())} to {int(ids.max())}: the vocabulary is [0, {vocab})")
     options = {"ignore_index": ignore_index, "valid_vocab": valid_vocab, "chunk_bytes": chunk_bytes}
     spec = _resolve(labels, reduction, "torch", (student_hidden, student_weight), chosen, **options)
+    check_recorded(chosen)
     h, w, precision = autocast_factors(student_hidden, student_weight, precision)
-    th, tw, rest = (x.detach().reshape(-1, *x.shape[len(shape) :]) for x in (logprob, ids, left))
+    th, tw, rest = (_fixed(x).reshape(-1, *x.shape[len(shape) :]) for x in (logprob, ids, left))
     y = None if labels is None else labels.reshape(-1)
     arguments = (th, tw, y, student_bias, rest, *Heads(softcap, logit_scale, None, 1.0, precision, None), *spec)
     dtype = accumulate_dtype(student_hidden, student_weight, logprob)

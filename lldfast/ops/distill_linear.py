@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lldfast.backends import extension
+from lldfast.errors import InputError
 from lldfast.ops import distill_rows, distill_topk, native
 from lldfast.ops.chunks import accumulate_dtype, transform_
 from lldfast.ops.distill_logits import kept
@@ -169,6 +170,9 @@ def sweep(
     if not tw.is_floating_point():
         assert teacher_bias is not None
         left: Tensor = teacher_bias
+        if tw.numel() and (int(tw.min()) < 0 or int(tw.max()) >= vocab_s):
+            raise InputError(f"the teacher's ids reach from {int(tw.min())} to {int(tw.max())}: the vocabulary is [0, {vocab_s})")
+        tw = tw.long()
 
         def recorded(z: Tensor, at: slice | Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
             return distill_topk.rows(spec, z, tw[at], th[at].to(dtype), left[at].to(dtype), *rest)

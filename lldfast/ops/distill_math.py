@@ -45,10 +45,12 @@ def power_mean(p: Tensor, q: Tensor, a: float, lam: float) -> tuple[Tensor, Tens
     delta = torch.where(p == q, 0.0, p - q)  # -inf - -inf is no difference
     u = a * delta
     up = u > 0
-    e = torch.expm1(-u.abs())
+    e, far = torch.expm1(-u.abs()), torch.exp(-u.abs())
     mixed = torch.where(up, (1 - lam) * e, lam * e)
-    mean = torch.where(up, p, q) + torch.log1p(mixed) / a
-    return mean, (1 - lam) * torch.where(up, 1 + e, torch.ones_like(e)) / (1 + mixed)
+    # 1 + mixed, which near lam 0 and 1 is a small sum of two positive numbers and no difference.
+    whole = torch.where(up, lam + (1 - lam) * far, (1 - lam) + lam * far)
+    mean = torch.where(up, p, q) + torch.where(mixed < -0.5, whole.log(), torch.log1p(mixed)) / a
+    return mean, (1 - lam) * torch.where(up, far, torch.ones_like(e)) / whole
 
 
 def assistant(p: Tensor, q: Tensor, spec: Spec) -> tuple[Tensor, Tensor | float]:

@@ -88,9 +88,10 @@ def settings(preset: str | None = None, **given: Any) -> dict[str, Any]:
     unknown = sorted(given.keys() - DEFAULTS.keys())
     if unknown:
         raise InputError(f"distillation has no setting {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise InputError(f"preset={preset!r} is not one of {', '.join(PRESETS)}")
-    chosen = DEFAULTS | (PRESETS[preset] if preset else {}) | {name: x for name, x in given.items() if x is not None}
+    numpy_too = {name: x.item() if hasattr(x, "item") else x for name, x in given.items() if x is not None}
+    chosen = DEFAULTS | (PRESETS[preset] if preset else {}) | numpy_too
     if preset == "jsd":  # D_JS,beta(p, q) = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q
         if given.get("beta") is None:
             chosen["beta"] = chosen["lam"]
@@ -125,9 +126,9 @@ def resolve(
         raise InputError(f"divergence={divergence!r} is not one of {', '.join(DIVERGENCES)}")
     if order not in ORDERS:
         raise InputError(f"order={order!r} is not one of {', '.join(ORDERS)}")
-    numbers = {"alpha": alpha, "lam": lam, "temperature": temperature, "ce_weight": ce_weight, "beta": beta}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    given = {"alpha": alpha, "lam": lam, "temperature": temperature, "ce_weight": ce_weight, "beta": beta}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
             raise InputError(f"{name} must be a number, not {value!r}")
     if not 0 <= lam <= 1:
         raise InputError(f"lam is the teacher's share of the assistant: it must be in [0, 1], not {lam}")
@@ -135,10 +136,13 @@ def resolve(
         raise InputError(f"temperature must be positive and finite, not {temperature}")
     if not 0 <= ce_weight < math.inf:
         raise InputError(f"ce_weight must be >= 0 and finite, not {ce_weight}")
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise InputError(f"chunk_bytes must be positive, not {chunk_bytes}")
-    if valid_vocab is not None and valid_vocab < 1:
-        raise InputError(f"valid_vocab must be >= 1, not {valid_vocab}")
+    for name, whole in (("chunk_bytes", chunk_bytes), ("valid_vocab", valid_vocab)):
+        if whole is not None and (not isinstance(whole, int) or whole < 1):
+            raise InputError(f"{name} must be a whole number of at least 1, not {whole!r}")
+    if not isinstance(ignore_index, int):
+        raise InputError(f"ignore_index must be a whole number, not {ignore_index!r}")
+    if not isinstance(detach_assistant, bool):
+        raise InputError(f"detach_assistant must be true or false, not {detach_assistant!r}")
     place, kind, x, y = ORDERS.index(order), KL, 0.0, 0.0
     if divergence == "rkl":
         place = _EXCHANGED[place]
@@ -161,6 +165,13 @@ def resolve(
         assistant, a, float(lam), place, kind, x, y, bool(detach_assistant), float(temperature), ce_weight > 0, ignore_index,
         valid_vocab, chunk_bytes or 0, backend,
     )  # fmt: skip
+
+
+def depends(spec: Spec) -> bool:
+    """Whether the loss compares two distributions: at lam = 1 (0) r is the teacher (the student) itself."""
+    return not (spec.assistant == TEACHER and spec.order in (PR, RP)) and not (
+        spec.assistant == STUDENT and spec.order in (QR, RQ)
+    )
 
 
 def check_recorded(chosen: dict[str, Any]) -> None:
@@ -192,11 +203,13 @@ def _assistant(alpha: float, lam: float) -> tuple[int, float]:
 
 def _exponents(ab: Any) -> tuple[float, float]:
     try:
-        x, y = (float(value) for value in ab)
+        x, y = () if isinstance(ab, str) else (float(value) for value in ab)  # type: ignore[misc]
     except (TypeError, ValueError):
         raise InputError(f"ab must be the two exponents of the alpha-beta divergence, not {ab!r}") from None
     if not (math.isfinite(x) and math.isfinite(y)):
         raise InputError(f"ab must be finite, not {ab!r}")
+    if 0 < max(abs(x), abs(y)) < 1e-4:
+        raise InputError(f"ab={ab!r}: exponents this small leave no digits of the loss; (0, 0) is their limit")
     return x, y
 
 
