@@ -213,9 +213,8 @@ class Experiment:
         if self._teacher is not None:
             return self._teacher
         if d.cache:
-            cache = TeacherCache(resolve_location(d.cache))
+            self._teacher = cache = TeacherCache(resolve_location(d.cache))
             cache.check(self.shards, block_size)
-            self._teacher = cache
             return cache
         spec = d.teacher or self.config.target.model
         assert spec is not None  # Config.check asked
