@@ -87,7 +87,8 @@ LLDFAST_INLINE F magnitude(F x) {
 
 // exp of vec.h, and +inf from 88.7 on.
 LLDFAST_INLINE F exp_or_inf(F x) {
-  return select(x > 88.7f, splat(kInf), exp(x));
+  const I over = x > 88.7f;
+  return select(over, splat(kInf), exp(select(over, splat(0.0f), x)));
 }
 
 struct Exponential {
@@ -97,7 +98,8 @@ struct Exponential {
 
 // For any x: above 88 both are +inf.
 LLDFAST_INLINE Exponential expm1(F x) {
-  const F bounded = max(splat(-87.0f), x);
+  const I over = x > 88.0f;
+  const F bounded = select(over, splat(0.0f), max(splat(-87.0f), x));
   const F shifted = bounded * kLog2e + 12582912.0f;  // 1.5 * 2^23, as in exp
   const F n = shifted - 12582912.0f;
   const F f = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // n times the first is exact
@@ -108,7 +110,6 @@ LLDFAST_INLINE Exponential expm1(F x) {
   p = p * f + 4.999999702e-1f;
   p = p * (f * f) + f;
   const F power = as_floats((as_ints(shifted) << 23) + 0x3f800000);  // 2^n: the bits of 1.5 * 2^23 shift out
-  const I over = x > 88.0f;
   return {select(over, splat(kInf), power * p + (power - 1.0f)),
           select(over, splat(kInf), select(x < -87.0f, splat(0.0f), power * p + power))};
 }
