@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from common import Method, compiled, distance, parse, parser, pytest_run, run, write
 
 from lldfast.ops import distill
-from lldfast.ops.distill_rows import pieces
+from lldfast.ops.chunks import pieces
 
 KINDS = ("bf16", "mixed", "fp32")
 # bf16: the gradients' own rounding. mixed: what one rounding of the logits, or of their gradient, to bf16 would fail.

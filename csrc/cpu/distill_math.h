@@ -131,12 +131,6 @@ LLDFAST_INLINE F log1p(F x, F y) {
   const F mean = __builtin_convertvector(exponent, F) * (1.0f / 8388608.0f) * kLn2 + p;
   return select(y != y, y, mean);  // its bits are no number's
 }
-LLDFAST_INLINE F log1p(F x) {
-  return log1p(x, 1.0f + x);
-}
-LLDFAST_INLINE F log(F y) {
-  return log1p(y - 1.0f, y);
-}
 
 struct Mixed {
   F r, other_minus_r, w;
@@ -231,18 +225,6 @@ LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r, F o_minus_r) {
     }
     return {loss, of_o, of_r};
   }
-}
-
-// From the logs alone, where the digits of their differences do not matter.
-template <Assistant kKind>
-LLDFAST_INLINE void mix(const DistillMath& m, F p, F q, F& r, F& w) {
-  const Mixed mixed = mix<kKind>(m, p, q, p - q);
-  r = mixed.r;
-  w = mixed.w;
-}
-template <Form kForm>
-LLDFAST_INLINE Terms terms(const DistillMath& m, F o, F r) {
-  return terms<kForm>(m, o, r, o - r);
 }
 
 // Calls body(Is<kind>{}) for the kind that a value has: a template argument for the body's loops.

@@ -47,9 +47,13 @@ def kept_rows(labels: Tensor, ignore_index: int, vocab: int) -> Tensor | None:
 
 
 def row_chunks(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, least: int = 1) -> Iterator[slice]:
-    """Equal slices of at least `least` rows whose logits [R, V] fit the byte budget of the device."""
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-    size = max(budget // (max(vocab, 1) * dtype.itemsize), least)
+    """`pieces` that fit the byte budget of the device."""
+    return pieces(rows, vocab, dtype.itemsize, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]), least)
+
+
+def pieces(rows: int, vocab: int, itemsize: int, budget: int, least: int = 1) -> Iterator[slice]:
+    """Equal slices of at least `least` rows whose logits [R, V] fit `budget` bytes."""
+    size = max(budget // (max(vocab, 1) * itemsize), least)
     count = -(-rows // size)
     for i in range(count):
         yield slice(rows * i // count, rows * (i + 1) // count)

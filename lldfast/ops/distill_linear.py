@@ -15,7 +15,7 @@ from torch import Tensor
 from lldfast.backends import extension
 from lldfast.errors import InputError
 from lldfast.ops import distill_rows, distill_topk, native
-from lldfast.ops.chunks import accumulate_dtype, transform_
+from lldfast.ops.chunks import accumulate_dtype, pieces, transform_
 from lldfast.ops.distill_logits import kept
 from lldfast.ops.distill_spec import SPEC, Spec
 from lldfast.ops.linear_logprob import scale_grads
@@ -120,7 +120,7 @@ def chunks(
     divergence, ce = h.new_zeros(len(h), dtype=student.dtype), h.new_zeros(len(h), dtype=student.dtype)
     rows = kept(spec, labels, len(student.weight))
     count, least = len(h) if rows is None else len(rows), 1 if spec.chunk_bytes else LEAST_ROWS
-    for chunk in distill_rows.pieces(count, vocab, student.dtype.itemsize, distill_rows.budget(spec, h.device), least):
+    for chunk in pieces(count, vocab, student.dtype.itemsize, distill_rows.budget(spec, h.device), least):
         at = chunk if rows is None else rows[chunk]
         x = student.cast(h[at])
         z = transform_(student.logits(x), student.bias, softcap, logit_scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lldfast.ops import distill_rows
-from lldfast.ops.chunks import accumulate_dtype, kept_rows
+from lldfast.ops.chunks import accumulate_dtype, kept_rows, pieces
 from lldfast.ops.distill_spec import SPEC, Spec
 
 _INPUTS = f"Tensor student, Tensor teacher, Tensor? labels, {SPEC}"
@@ -31,7 +31,7 @@ def forward(student: Tensor, teacher: Tensor, labels: Tensor | None, *rest: Any)
     vocab_s, vocab_t = distill_rows.vocabularies(spec, student.shape[1], teacher.shape[1])
     rows = kept(spec, labels, vocab_s)
     count = len(student) if rows is None else len(rows)
-    for chunk in distill_rows.pieces(count, max(vocab_s, vocab_t), 4, distill_rows.budget(spec, student.device)):
+    for chunk in pieces(count, max(vocab_s, vocab_t), 4, distill_rows.budget(spec, student.device)):
         at = chunk if rows is None else rows[chunk]
         y = None if labels is None else labels[at].long()
         divergence[at], ce[at] = distill_rows.run(spec, student[at, :vocab_s], teacher[at, :vocab_t], y, None, None, None)
@@ -57,7 +57,7 @@ def backward(g_divergence: Tensor, g_ce: Tensor, student: Tensor, teacher: Tenso
     whole = rows is None and vocab_s == student.shape[1]
     out = (torch.empty_like if whole else torch.zeros_like)(student, memory_format=torch.contiguous_format)
     count = len(student) if rows is None else len(rows)
-    for chunk in distill_rows.pieces(count, max(vocab_s, vocab_t), 4, distill_rows.budget(spec, student.device)):
+    for chunk in pieces(count, max(vocab_s, vocab_t), 4, distill_rows.budget(spec, student.device)):
         at = chunk if rows is None else rows[chunk]
         y = None if labels is None else labels[at].long()
         part = out[at, :vocab_s]

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from lldfast.ops import distill_math, native
-from lldfast.ops.chunks import accumulate_dtype, local_vocab
+from lldfast.ops.chunks import accumulate_dtype, local_vocab, pieces
 from lldfast.ops.distill_spec import Spec
 
 # A chunk of one model's logits. On a GPU each chunk also reads and writes the whole dW once, which many rows make cheap.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 # The torch path holds a dozen tensors of a piece's size.
 PIECE_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
-
-
-def pieces(rows: int, vocab: int, itemsize: int, budget: int, least: int = 1) -> Iterator[slice]:
-    """Equal slices of at least `least` rows whose logits [R, V] fit `budget` bytes."""
-    size = max(budget // (max(vocab, 1) * itemsize), least)
-    count = -(-rows // size)
-    for i in range(count):
-        yield slice(rows * i // count, rows * (i + 1) // count)
 
 
 def budget(spec: Spec, device: torch.device) -> int:
