@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from common import Method, compiled, distance, parse, parser, pytest_run, run, write
 
-from lldfast.ops import distill
 from lldfast.ops.chunks import pieces
+from lldfast.ops.distill import loss as distill
 
 KINDS = ("bf16", "mixed", "fp32")
 # bf16: the gradients' own rounding. mixed: what one rounding of the logits, or of their gradient, to bf16 would fail.

@@ -42,17 +42,17 @@ import peers_gram as peers
 from common import Method, parse, parser, peak_bytes, run, show, write
 
 import lldfast as lld
-from lldfast.config import Config, DataConfig, LLDConfig, LogConfig, ModelConfig, TrainConfig
 from lldfast.data.evalset import EvalSet
-from lldfast.experiment import open_data, resolve_location
 from lldfast.gram.estimate import split_groups
 from lldfast.gram.rows import BYTES
-from lldfast.loglik import delta as delta_of
+from lldfast.measure.loglik import delta as delta_of
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.models.scoring import Batch, batches, evaluating, token_logprobs
-from lldfast.ops.sketch import fold
+from lldfast.ops.sketch.fold import fold
+from lldfast.run.config import Config, DataConfig, LLDConfig, LogConfig, ModelConfig, TrainConfig
+from lldfast.run.experiment import open_data, resolve_location
 from lldfast.train import run as train
-from lldfast.weightsfile import save_weights
+from lldfast.weights.file import save_weights
 
 Array = np.ndarray
 

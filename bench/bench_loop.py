@@ -25,10 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lldfast.config import Config, LogConfig, TargetConfig, parse_config
 from lldfast.data.shards import TokenShards
-from lldfast.experiment import Experiment
 from lldfast.models.gpt import GPT
+from lldfast.run.config import Config, LogConfig, TargetConfig, parse_config
+from lldfast.run.experiment import Experiment
 from lldfast.train import train_method
 
 

@@ -38,7 +38,7 @@ from lldfast.gram.per_text import per_text
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig
 from lldfast.models.scorer import Scorer
 from lldfast.models.scoring import evaluating
-from lldfast.ops.sketch import fold
+from lldfast.ops.sketch.fold import fold
 
 SEED = 1234
 LIMIT = 1e-5  # relative, of all sketches

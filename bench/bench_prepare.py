@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lldfast.data.encode import Part, encode
-from lldfast.data.evalplan import Plan, digest_of, make_plan
-from lldfast.data.prepare import prepare
-from lldfast.data.sources import Source
+from lldfast.data.making.encode import Part, encode
+from lldfast.data.making.evalplan import Plan, digest_of, make_plan
+from lldfast.data.making.prepare import prepare
+from lldfast.data.making.sources import Source
 from lldfast.data.tokenizer import TiktokenTokenizer
 
 

@@ -38,7 +38,7 @@ from peers_gram import CountSketch, PlainCountSketch, ReadySigns, dense_jl
 from lldfast.backends import resolve
 from lldfast.errors import InputError
 from lldfast.ops import native
-from lldfast.ops.sketch import fold, reference
+from lldfast.ops.sketch.fold import fold, reference
 
 SEED = 1234
 LIMIT = 1e-12  # relative, to the reference: the order of the sums is part of the specification

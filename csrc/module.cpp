@@ -136,7 +136,7 @@ lldfast::LinearLogprobArgs linear_args(const MatrixTuple& hidden, uintptr_t rows
           integers(labels), floats(bias),   softcap, logit_scale, precision_of(precision), threads};
 }
 
-// assistant, a, lam, order, divergence, x, y, detach, temperature, ce, numbered as in lldfast/ops/distill_spec.py.
+// assistant, a, lam, order, divergence, x, y, detach, temperature, ce, numbered as in lldfast/ops/distill/spec.py.
 using SpecTuple = std::tuple<int, double, double, int, int, double, double, bool, double, bool>;
 
 lldfast::DistillSpec distill_spec(const SpecTuple& spec) {

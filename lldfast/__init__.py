@@ -18,13 +18,13 @@ _NAMES = {
     "linear_cross_entropy": "lldfast.ops.linear_logprob",
     "logprob": "lldfast.ops.logprob",
     "merge_vocab_shards": "lldfast.ops.logprob",
-    "distill_loss": "lldfast.ops.distill",
-    "distill_loss_from_logits": "lldfast.ops.distill",
-    "distill_loss_topk": "lldfast.ops.distill",
+    "distill_loss": "lldfast.ops.distill.loss",
+    "distill_loss_from_logits": "lldfast.ops.distill.loss",
+    "distill_loss_topk": "lldfast.ops.distill.loss",
     "SegmentSums": "lldfast.ops.segments",
-    "score": "lldfast.loglik",
-    "delta": "lldfast.loglik",
-    "LoglikVector": "lldfast.loglik",
+    "score": "lldfast.measure.loglik",
+    "delta": "lldfast.measure.loglik",
+    "LoglikVector": "lldfast.measure.loglik",
     "load_scorer": "lldfast.models.scorer",
     "Scorer": "lldfast.models.scorer",
     "GPT": "lldfast.models.gpt",
@@ -32,28 +32,36 @@ _NAMES = {
     "EvalSet": "lldfast.data.evalset",
     "TokenShards": "lldfast.data.shards",
     "DomainMixture": "lldfast.data.mixture",
-    "TeacherCache": "lldfast.data.teachercache",
-    "prepare": "lldfast.data.prepare",
+    "TeacherCache": "lldfast.distill.cache",
+    "prepare": "lldfast.data.making.prepare",
     "LLDController": "lldfast.controller",
-    "lld_weights": "lldfast.weights",
-    "adjusted_lld_weights": "lldfast.weights",
-    "trust_region_weights": "lldfast.constrained",
-    "fit_weights": "lldfast.constrained",
-    "aggregate_weights": "lldfast.weights",
-    "effective_domains": "lldfast.weights",
-    "Rule": "lldfast.rules",
-    "load_weights": "lldfast.weightsfile",
-    "save_weights": "lldfast.weightsfile",
-    "kl": "lldfast.divergence",
-    "kl_matrix": "lldfast.divergence",
-    "true_kl": "lldfast.divergence",
-    "nll_gap": "lldfast.divergence",
-    "weight_kl": "lldfast.divergence",
-    "jsd_matrix": "lldfast.divergence",
+    "lld_weights": "lldfast.weights.equations",
+    "adjusted_lld_weights": "lldfast.weights.equations",
+    "trust_region_weights": "lldfast.weights.constrained",
+    "fit_weights": "lldfast.weights.constrained",
+    "aggregate_weights": "lldfast.weights.equations",
+    "effective_domains": "lldfast.weights.equations",
+    "Rule": "lldfast.weights.rules",
+    "load_weights": "lldfast.weights.file",
+    "save_weights": "lldfast.weights.file",
+    "kl": "lldfast.measure.divergence",
+    "kl_matrix": "lldfast.measure.divergence",
+    "true_kl": "lldfast.measure.divergence",
+    "nll_gap": "lldfast.measure.divergence",
+    "weight_kl": "lldfast.measure.divergence",
+    "jsd_matrix": "lldfast.measure.divergence",
     "LLDError": "lldfast.errors",
 }
 # submodules that are an interface of their own: lld.gram.estimate(...), lld.weights.adjusted_direction(...)
-_MODULES = ("gram", "weights", "divergence", "schedule", "modelmap", "teach", "generate")
+_MODULES = {
+    "gram": "lldfast.gram",
+    "weights": "lldfast.weights",
+    "divergence": "lldfast.measure.divergence",
+    "schedule": "lldfast.schedule",
+    "modelmap": "lldfast.measure.modelmap",
+    "teach": "lldfast.distill.teach",
+    "generate": "lldfast.distill.generate",
+}
 
 __all__ = [*_NAMES, *_MODULES, "__version__", "backends"]
 
@@ -62,7 +70,7 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"lldfast.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'lldfast' has no attribute {name!r}")
 
 
@@ -72,28 +80,30 @@ def __dir__() -> list[str]:
 
 # ruff: noqa: F401  (for type checkers and editors; at run time __getattr__ loads these)
 if TYPE_CHECKING:
-    from lldfast import divergence, generate, gram, modelmap, schedule, teach, weights
-    from lldfast.constrained import fit_weights, trust_region_weights
+    from lldfast import gram, schedule, weights
     from lldfast.controller import LLDController
     from lldfast.data.evalset import EvalSet
+    from lldfast.data.making.prepare import prepare
     from lldfast.data.mixture import DomainMixture
-    from lldfast.data.prepare import prepare
     from lldfast.data.shards import TokenShards
-    from lldfast.data.teachercache import TeacherCache
-    from lldfast.divergence import jsd_matrix, kl, kl_matrix, nll_gap, true_kl, weight_kl
+    from lldfast.distill import generate, teach
+    from lldfast.distill.cache import TeacherCache
     from lldfast.errors import LLDError
-    from lldfast.loglik import LoglikVector, delta, score
+    from lldfast.measure import divergence, modelmap
+    from lldfast.measure.divergence import jsd_matrix, kl, kl_matrix, nll_gap, true_kl, weight_kl
+    from lldfast.measure.loglik import LoglikVector, delta, score
     from lldfast.models.gpt import GPT, GPTConfig
     from lldfast.models.scorer import Scorer, load_scorer
-    from lldfast.ops.distill import distill_loss, distill_loss_from_logits, distill_loss_topk
+    from lldfast.ops.distill.loss import distill_loss, distill_loss_from_logits, distill_loss_topk
     from lldfast.ops.linear_logprob import linear_cross_entropy, linear_logprob
     from lldfast.ops.logprob import logprob, merge_vocab_shards
     from lldfast.ops.segments import SegmentSums
-    from lldfast.rules import Rule
-    from lldfast.weights import (
+    from lldfast.weights.constrained import fit_weights, trust_region_weights
+    from lldfast.weights.equations import (
         adjusted_lld_weights,
         aggregate_weights,
         effective_domains,
         lld_weights,
     )
-    from lldfast.weightsfile import load_weights, save_weights
+    from lldfast.weights.file import load_weights, save_weights
+    from lldfast.weights.rules import Rule

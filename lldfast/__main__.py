@@ -163,8 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_prepare(o: argparse.Namespace) -> None:
-    from lldfast.data.prepare import prepare
-    from lldfast.experiment import resolve_location
+    from lldfast.data.making.prepare import prepare
+    from lldfast.run.experiment import resolve_location
 
     if bool(o.inputs) == bool(o.source):
         raise InputError("prepare needs either inputs or --source builtin")
@@ -199,7 +199,7 @@ def run_prepare(o: argparse.Namespace) -> None:
 
 
 def run_verify(o: argparse.Namespace) -> None:
-    from lldfast.data.prepare import verify
+    from lldfast.data.making.prepare import verify
 
     verify(o.path)
     print(f"{o.path}: all checks passed")
@@ -207,10 +207,10 @@ def run_verify(o: argparse.Namespace) -> None:
 
 def run_score(o: argparse.Namespace) -> None:
     from lldfast.data.evalset import EvalSet
-    from lldfast.experiment import pick_device, resolve_location
     from lldfast.files import check_writable
-    from lldfast.loglik import score
+    from lldfast.measure.loglik import score
     from lldfast.models.scorer import load_scorer
+    from lldfast.run.experiment import pick_device, resolve_location
 
     check_writable(o.out)
     path = Path(o.data)
@@ -224,9 +224,9 @@ def run_score(o: argparse.Namespace) -> None:
 
 
 def run_teach(o: argparse.Namespace) -> None:
-    from lldfast.data.teachercache import TeacherCache
-    from lldfast.experiment import pick_device, resolve_location
-    from lldfast.teach import teach
+    from lldfast.distill.cache import TeacherCache
+    from lldfast.distill.teach import teach
+    from lldfast.run.experiment import pick_device, resolve_location
 
     cache = TeacherCache(
         teach(
@@ -255,10 +255,10 @@ def run_teach(o: argparse.Namespace) -> None:
 def run_gram(o: argparse.Namespace) -> None:
     from lldfast import gram
     from lldfast.data.evalset import EvalSet
-    from lldfast.experiment import pick_device, resolve_location
     from lldfast.files import check_writable
-    from lldfast.loglik import LoglikVector, delta, score
+    from lldfast.measure.loglik import LoglikVector, delta, score
     from lldfast.models.scorer import load_scorer
+    from lldfast.run.experiment import pick_device, resolve_location
 
     check_writable(o.out)
     path = Path(o.data)
@@ -301,9 +301,9 @@ def run_gram(o: argparse.Namespace) -> None:
 
 
 def run_generate(o: argparse.Namespace) -> None:
-    from lldfast.experiment import pick_device, resolve_location
+    from lldfast.distill.generate import generate
     from lldfast.files import read_json
-    from lldfast.generate import generate
+    from lldfast.run.experiment import pick_device, resolve_location
 
     out = generate(
         resolve_location(o.model),
@@ -330,8 +330,8 @@ def run_generate(o: argparse.Namespace) -> None:
 
 
 def run_kl(o: argparse.Namespace) -> None:
-    from lldfast.divergence import kl_matrix
-    from lldfast.loglik import LoglikVector
+    from lldfast.measure.divergence import kl_matrix
+    from lldfast.measure.loglik import LoglikVector
 
     vectors = {path: LoglikVector.load(path) for path in o.vectors}
     for path, row in zip(vectors, kl_matrix(vectors), strict=True):
@@ -342,8 +342,8 @@ def run_weights(o: argparse.Namespace) -> None:
     import dataclasses
 
     from lldfast.files import write_json
-    from lldfast.weights import effective_domains
-    from lldfast.weightsfile import read_weights_file, recompute, rule_of
+    from lldfast.weights.equations import effective_domains
+    from lldfast.weights.file import read_weights_file, recompute, rule_of
 
     path = find_trajectory(Path(o.run), o.method)
     changes = {"name": o.rule, "tau": o.tau, "step_size": o.step_size, "floor": o.floor}
@@ -390,8 +390,8 @@ def find_trajectory(run: Path, method: str | None) -> Path:
 
 
 def run_report(o: argparse.Namespace) -> None:
-    from lldfast.report import write_report
-    from lldfast.summary import summarise, table
+    from lldfast.report.page import write_report
+    from lldfast.report.summary import summarise, table
 
     print(table(summarise(o.run)))
     print(f"report: {write_report(Path(o.run), out=o.out).resolve()}")

@@ -22,16 +22,16 @@ import torch
 from lldfast import gram as grams
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.divergence import finite
 from lldfast.errors import InputError
 from lldfast.files import atomic_path
-from lldfast.loglik import LoglikVector, delta, score
+from lldfast.measure.divergence import finite
+from lldfast.measure.loglik import LoglikVector, delta, score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
-from lldfast.rules import Rule, StepGram, aggregation, replay
 from lldfast.schedule import estimation_steps
-from lldfast.weights import Array, bootstrap_deltas, effective_domains, standard_errors
-from lldfast.weightsfile import combine, default_step_weights, recipe_errors, step_gram
+from lldfast.weights.equations import Array, bootstrap_deltas, effective_domains, standard_errors
+from lldfast.weights.file import combine, default_step_weights, recipe_errors, step_gram
+from lldfast.weights.rules import Rule, StepGram, aggregation, replay
 
 # what `gram_options` may hold: the arguments of gram.estimate that are not the controller's own
 GRAM_OPTIONS = (

@@ -23,23 +23,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from lldfast.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from lldfast.config import Config, TargetConfig, parse_config
 from lldfast.controller import LLDController
 from lldfast.data.mixture import DomainMixture
-from lldfast.data.teachercache import TeacherCache
+from lldfast.distill.cache import TeacherCache
+from lldfast.distill.objective import (
+    Distillation,
+    Objective,
+    Rows,
+    check_same_teacher,
+    cross_entropy,
+    fingerprint,
+    teacher_identity,
+)
 from lldfast.errors import InputError, TrainingError
-from lldfast.experiment import Experiment, open_data, resolve_location
 from lldfast.files import folder_lock, write_json
-from lldfast.methods import Method, parse_method
 from lldfast.models.scorer import Scorer
-from lldfast.objective import Distillation, Objective, Rows, check_same_teacher, cross_entropy, fingerprint, teacher_identity
-from lldfast.optimizer import make_optimizer
-from lldfast.rules import Rule, aggregation
-from lldfast.runlog import JsonlLog, RunLog
+from lldfast.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from lldfast.run.config import Config, TargetConfig, parse_config
+from lldfast.run.experiment import Experiment, open_data, resolve_location
+from lldfast.run.log import JsonlLog, RunLog
+from lldfast.run.methods import Method, parse_method
+from lldfast.run.optimizer import make_optimizer
 from lldfast.schedule import estimation_steps, learning_rate
-from lldfast.weights import with_floor
-from lldfast.weightsfile import (
+from lldfast.weights.equations import with_floor
+from lldfast.weights.file import (
     combine,
     default_step_weights,
     disclosure,
@@ -50,6 +57,7 @@ from lldfast.weightsfile import (
     rule_of,
     save_weights,
 )
+from lldfast.weights.rules import Rule, aggregation
 
 Weights = dict[str, float]
 
@@ -405,8 +413,8 @@ def run(config: Config) -> Path:
         BusyError: another process is writing config.out.
         InputError: config.out was made with another configuration.
     """
-    from lldfast.report import write_report
-    from lldfast.summary import summarise, table
+    from lldfast.report.page import write_report
+    from lldfast.report.summary import summarise, table
 
     config.check()
     out = Path(config.out)

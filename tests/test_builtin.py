@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lldfast.data import builtin
-from lldfast.data.sources import Source
+from lldfast.data.making import builtin
+from lldfast.data.making.sources import Source
 from lldfast.errors import MissingDependencyError
 
 pytest.importorskip("django", reason="the builtin corpus needs the extra demo")

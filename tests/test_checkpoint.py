@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lldfast.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from lldfast.errors import CorruptError, InputError, TrainingError
+from lldfast.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
 
 def made(width=8, seed=0):

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import yaml
 
-from lldfast.config import Config, GramConfig, parse_config, parse_method, recipe_path, with_defaults
 from lldfast.errors import InputError
+from lldfast.run.config import Config, GramConfig, parse_config, parse_method, recipe_path, with_defaults
 
 
 def test_precedence_defaults_recipe_config_options(tmp_path):

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from lldfast.constrained import (
+from lldfast.errors import InputError
+from lldfast.weights.constrained import (
     fit_weights,
     nonnegative_least_squares,
     simplex_fit,
     trust_region_tau,
     trust_region_weights,
 )
-from lldfast.errors import InputError
 
 rng = np.random.default_rng(0)
 

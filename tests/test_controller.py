@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from lldfast import gram as grams
-from lldfast.config import GramConfig
-from lldfast.constrained import fit_weights
 from lldfast.controller import GRAM_OPTIONS, LLDController
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import InputError
-from lldfast.loglik import delta, score
+from lldfast.measure.loglik import delta, score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
-from lldfast.rules import Rule, replay
-from lldfast.weights import adjusted_lld_weights, aggregate_weights, lld_weights, standard_errors
-from lldfast.weightsfile import recompute, rule_fields, save_weights, step_gram
+from lldfast.run.config import GramConfig
+from lldfast.weights.constrained import fit_weights
+from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights, standard_errors
+from lldfast.weights.file import recompute, rule_fields, save_weights, step_gram
+from lldfast.weights.rules import Rule, replay
 
 rng = np.random.default_rng(0)
 TOKENIZER = load_tokenizer("bytes")

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from mpmath import mp, mpf
 
-from lldfast.ops import distill_math
-from lldfast.ops.distill import distill_loss_from_logits, reference
-from lldfast.ops.distill_spec import ORDERS, PRESETS, resolve, settings
+from lldfast.ops.distill import math as distill_math
+from lldfast.ops.distill.loss import distill_loss_from_logits, reference
+from lldfast.ops.distill.spec import ORDERS, PRESETS, resolve, settings
 
 ALPHAS = [-math.inf, -5, -3, -1, 0, 0.5, 1 - 1e-5, 1, 1 + 1e-5, 3, 5, math.inf]
 KINDS = ["kl", "rkl", "js", "ab", "alpha"]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lldfast.backends import extension
-from lldfast.ops import distill_math, native
-from lldfast.ops.distill import reference
-from lldfast.ops.distill_spec import ORDERS, resolve, settings
+from lldfast.ops import native
+from lldfast.ops.distill import math as distill_math
+from lldfast.ops.distill.loss import reference
+from lldfast.ops.distill.spec import ORDERS, resolve, settings
 
 C = extension()
 pytestmark = [pytest.mark.skipif(C is None, reason="lldfast._C is not built"), pytest.mark.usefixtures("threads")]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lldfast.backends import extension
-from lldfast.ops import distill_linear, native
-from lldfast.ops.distill import distill_loss, reference
-from lldfast.ops.distill_spec import resolve, settings
+from lldfast.ops import native
+from lldfast.ops.distill import linear as distill_linear
+from lldfast.ops.distill.loss import distill_loss, reference
+from lldfast.ops.distill.spec import resolve, settings
 
 C = extension()
 pytestmark = pytest.mark.skipif(C is None, reason="lldfast._C is not built")

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from lldfast.backends import extension
 from lldfast.errors import InputError
 from lldfast.ops.dispatch import choose
-from lldfast.ops.distill import distill_loss, distill_loss_from_logits, reference
-from lldfast.ops.distill_linear import Heads
-from lldfast.ops.distill_spec import resolve, settings
+from lldfast.ops.distill.linear import Heads
+from lldfast.ops.distill.loss import distill_loss, distill_loss_from_logits, reference
+from lldfast.ops.distill.spec import resolve, settings
 
 PLACES = [("cpu", "torch"), ("cpu", "cpp"), ("cuda", "auto"), ("cuda", "torch")]
 

@@ -1,4 +1,4 @@
-"""ops/distill_spec.py: how settings and presets meet, what is refused and what is warned of."""
+"""ops/distill/spec.py: how settings and presets meet, what is refused and what is warned of."""
 
 import math
 import warnings
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lldfast.errors import InputError
-from lldfast.ops.distill import distill_loss_from_logits
-from lldfast.ops.distill_spec import DEFAULTS, PRESETS, settings
+from lldfast.ops.distill.loss import distill_loss_from_logits
+from lldfast.ops.distill.spec import DEFAULTS, PRESETS, settings
 
 
 def make():

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lldfast.divergence import jsd_matrix, kl, kl_matrix, nll_gap, weight_kl
 from lldfast.errors import InputError
+from lldfast.measure.divergence import jsd_matrix, kl, kl_matrix, nll_gap, weight_kl
 
 rng = np.random.default_rng(0)
 N = 60

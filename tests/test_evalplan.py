@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from lldfast.data import evalplan
-from lldfast.data.evalplan import Candidates, Unit, cut, plan_domain, quotas, texts_of
+from lldfast.data.making import evalplan
+from lldfast.data.making.evalplan import Candidates, Unit, cut, plan_domain, quotas, texts_of
 from lldfast.errors import InputError
 
 

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from lldfast import generate as module
 from lldfast.__main__ import main
-from lldfast.config import Config, DataConfig
-from lldfast.data.encode import token_hash
 from lldfast.data.evalset import EvalSet
+from lldfast.data.making.encode import token_hash
+from lldfast.data.making.prepare import prepare, verify
 from lldfast.data.mixture import DomainMixture
-from lldfast.data.prepare import prepare, verify
 from lldfast.data.shards import TokenShards
 from lldfast.data.tokenizer import load_tokenizer, train_bpe
+from lldfast.distill import generate as module
+from lldfast.distill.generate import Prompts, Sampling, generate, uniform
 from lldfast.errors import BusyError, CorruptError, InputError
-from lldfast.experiment import open_data
 from lldfast.files import folder_lock, read_json, write_json
-from lldfast.generate import Prompts, Sampling, generate, uniform
 from lldfast.models.gpt import GPT, GPTConfig
 from lldfast.models.scorer import Scorer, load_scorer
+from lldfast.run.config import Config, DataConfig
+from lldfast.run.experiment import open_data
 
 WORDS = {
     "code": "def return if else for ( ) = x y",

@@ -19,12 +19,12 @@ from lldfast.errors import CorruptError, InputError, TrainingError
 from lldfast.gram import stats
 from lldfast.gram.estimate import choose, split_groups
 from lldfast.gram.rows import Rows
-from lldfast.loglik import score
+from lldfast.measure.loglik import score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
 from lldfast.models.scoring import IGNORE, batches, token_logprobs
-from lldfast.ops import sketch
-from lldfast.weights import adjusted_lld_weights
+from lldfast.ops.sketch import fold as sketch
+from lldfast.weights.equations import adjusted_lld_weights
 
 rng = np.random.default_rng(0)
 

@@ -20,7 +20,7 @@ from lldfast.gram.per_text import per_text
 from lldfast.models.gpt import GPT, GPTConfig
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.models.scoring import batches, evaluating, token_logprobs
-from lldfast.ops.sketch import fold
+from lldfast.ops.sketch.fold import fold
 
 module = importlib.import_module("lldfast.gram.per_text")  # the package may name its function so
 K, SEED = 512, 11

@@ -5,7 +5,7 @@ import pytest
 
 from lldfast.errors import InputError
 from lldfast.gram import stats as st
-from lldfast.weights import adjusted_direction, softmax
+from lldfast.weights.equations import adjusted_direction, softmax
 
 
 def rows(rng, K, P, smallest):

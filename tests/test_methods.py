@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lldfast.config import parse_config
 from lldfast.errors import InputError
-from lldfast.methods import LOSSES, DistillConfig, parse_method
-from lldfast.ops.distill_spec import settings
+from lldfast.ops.distill.spec import settings
+from lldfast.run.config import parse_config
+from lldfast.run.methods import LOSSES, DistillConfig, parse_method
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lldfast.divergence import kl_matrix
 from lldfast.errors import InputError, MissingDependencyError
-from lldfast.modelmap import double_centre, model_map, squared_distances, stack
+from lldfast.measure.divergence import kl_matrix
+from lldfast.measure.modelmap import double_centre, model_map, squared_distances, stack
 
 
 @pytest.fixture

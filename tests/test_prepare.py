@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lldfast.data import encode
-from lldfast.data.encode import token_hash
 from lldfast.data.evalset import EvalSet
-from lldfast.data.prepare import prepare, verify
+from lldfast.data.making import encode
+from lldfast.data.making.encode import token_hash
+from lldfast.data.making.prepare import prepare, verify
 from lldfast.data.shards import TokenShards
 from lldfast.data.tokenizer import load_tokenizer, tokenizer_from_manifest
 from lldfast.errors import BusyError, CorruptError, InputError, WriteError
@@ -170,7 +170,7 @@ def test_large_vocabulary_needs_uint32(corpus, tmp_path):
 def test_same_arguments_return_at_once_others_are_refused(corpus, made, monkeypatch):
     options = {"tokenizer": "bytes", "eval_per_domain": 24, "progress": False}
     before = content(made)
-    monkeypatch.setattr("lldfast.data.prepare.make_plan", None)  # would raise if anything were read
+    monkeypatch.setattr("lldfast.data.making.prepare.make_plan", None)  # would raise if anything were read
     assert prepare(corpus, made, workers=1, **options) == made
     with pytest.raises(InputError, match=r"other arguments \(seed = 0, now 3\)"):
         prepare(corpus, made, seed=3, **options)
@@ -213,9 +213,9 @@ def test_second_writer_is_refused(corpus, tmp_path):
 
 PROGRAM = """
 import resource, sys
-from lldfast.data import encode
+from lldfast.data.making import encode
 encode.PART_BYTES = 100_000
-from lldfast.data.prepare import prepare
+from lldfast.data.making.prepare import prepare
 limit = int(sys.argv[3])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -278,7 +278,7 @@ def test_disk_full_error_keeps_its_number(corpus, tmp_path, monkeypatch):
 
 
 def test_other_arguments_do_not_resume(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("lldfast.data.prepare._assemble", None)
+    monkeypatch.setattr("lldfast.data.making.prepare._assemble", None)
     with pytest.raises(TypeError):
         prepare(corpus, tmp_path / "d", tokenizer="bytes", eval_per_domain=4, progress=False)
     monkeypatch.undo()
@@ -290,8 +290,8 @@ def test_other_arguments_do_not_resume(corpus, tmp_path, monkeypatch):
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     program = (
-        "import re, sys, threading\nfrom lldfast.data import encode\nencode.PART_BYTES = 2_000_000\n"
-        "from lldfast.data.prepare import prepare\npeak, done = 0, threading.Event()\n"
+        "import re, sys, threading\nfrom lldfast.data.making import encode\nencode.PART_BYTES = 2_000_000\n"
+        "from lldfast.data.making.prepare import prepare\npeak, done = 0, threading.Event()\n"
         "def watch():\n"
         "    global peak\n"
         "    while not done.wait(0.002):\n"
@@ -428,7 +428,7 @@ def test_pile_sample(tmp_path):
 
 
 def test_a_name_too_long_for_a_file_is_told_before_encoding(tmp_path, monkeypatch):
-    monkeypatch.setattr("lldfast.data.prepare.encode", None)
+    monkeypatch.setattr("lldfast.data.making.prepare.encode", None)
     inputs = write(tmp_path / "c.jsonl", [(t, "code" * 61 if d == "code" else d) for t, d in rows(20)])
     with pytest.raises(InputError, match=r"domain 'codecode.*\.\.\.': the name is too long for a file \(244 characters\)"):
         prepare(inputs, tmp_path / "d", tokenizer="bytes", eval_per_domain=2, progress=False)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lldfast.divergence import kl, nll_gap, weight_kl
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import read_json, write_json
-from lldfast.loglik import LoglikVector
-from lldfast.report import duration, headline, write_report
-from lldfast.report_run import load_run
-from lldfast.report_style import number
-from lldfast.weights import adjusted_lld_weights, aggregate_weights, effective_domains, lld_weights
+from lldfast.measure.divergence import kl, nll_gap, weight_kl
+from lldfast.measure.loglik import LoglikVector
+from lldfast.report.page import duration, headline, write_report
+from lldfast.report.reading import load_run
+from lldfast.report.style import number
+from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, effective_domains, lld_weights
 
 PILE = [
     "ArXiv", "DM Mathematics", "Enron Emails", "FreeLaw", "Github", "HackerNews", "NIH ExPorter", "PhilPapers", "Pile-CC",

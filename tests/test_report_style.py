@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lldfast.report_style import domain_colors, method_marks, number, short_labels
+from lldfast.report.style import domain_colors, method_marks, number, short_labels
 
 
 def test_labels_numbers_marks() -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from lldfast.errors import CorruptError, WriteError
-from lldfast.runlog import JsonlLog, RunLog, read_jsonl
+from lldfast.run.log import JsonlLog, RunLog, read_jsonl
 
 
 def test_a_kill_while_writing_costs_one_line(tmp_path):

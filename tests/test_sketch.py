@@ -1,4 +1,4 @@
-"""ops/sketch.py: its specification word by word, in plain Python; what inner products of sketches are worth; bad arguments."""
+"""ops/sketch/fold.py: its specification word by word; what inner products of sketches are worth; bad arguments."""
 
 import itertools
 import math
@@ -9,8 +9,8 @@ import torch
 
 from lldfast.backends import extension
 from lldfast.errors import InputError
-from lldfast.ops.philox import philox
-from lldfast.ops.sketch import fold
+from lldfast.ops.sketch.fold import fold
+from lldfast.ops.sketch.philox import philox
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="lldfast._C is not built")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -68,7 +68,7 @@ def test_philox_known_answers(counter, key, words):
 
 
 def plain_fold(g, k, offset, seed):
-    """The docstring of ops/sketch.py, read literally, with numpy's fp32; zeros are the sketch before."""
+    """The docstring of ops/sketch/fold.py, read literally, with numpy's fp32; zeros are the sketch before."""
     size = min(k, 4096)
     tiles, n, g = k // size, g.numel(), g.float().reshape(-1).numpy()
     key = (seed & 0xFFFFFFFF, seed >> 32)

@@ -7,7 +7,7 @@ import torch
 
 from lldfast.backends import extension
 from lldfast.ops import native
-from lldfast.ops.sketch import reference
+from lldfast.ops.sketch.fold import reference
 
 C = extension()
 pytestmark = [pytest.mark.skipif(C is None, reason="lldfast._C is not built"), pytest.mark.usefixtures("threads")]

@@ -5,9 +5,10 @@ import torch
 
 from lldfast.backends import extension
 from lldfast.errors import InputError
-from lldfast.ops import native, sketch_outer
-from lldfast.ops.sketch import fold
-from lldfast.ops.sketch_outer import fold_outer, fold_rows, reference, rows_reference
+from lldfast.ops import native
+from lldfast.ops.sketch import outer as sketch_outer
+from lldfast.ops.sketch.fold import fold
+from lldfast.ops.sketch.outer import fold_outer, fold_rows, reference, rows_reference
 
 pytestmark = pytest.mark.usefixtures("threads")
 

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lldfast.data import sources
-from lldfast.data.sources import Source
+from lldfast.data.making import sources
+from lldfast.data.making.sources import Source
 from lldfast.errors import CorruptError, InputError, MissingDependencyError
 
 ROWS = [

@@ -3,7 +3,7 @@
 import pytest
 
 from lldfast.errors import CorruptError
-from lldfast.summary import disagreements, instability, summarise, table
+from lldfast.report.summary import disagreements, instability, summarise, table
 
 
 def row(method, kl, true_kl, se=0.1):

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from lldfast import teach as teach_module
 from lldfast.__main__ import main
 from lldfast.data.shards import TokenShards, write_manifest
-from lldfast.data.teachercache import CacheWriter, TeacherCache
 from lldfast.data.tokenizer import load_tokenizer
+from lldfast.distill import teach as teach_module
+from lldfast.distill.cache import CacheWriter, TeacherCache
+from lldfast.distill.teach import teach, top_k_
 from lldfast.errors import BusyError, CorruptError, InputError
 from lldfast.files import folder_lock
 from lldfast.models.gpt import GPT, GPTConfig
 from lldfast.models.scorer import Head, Scorer, load_scorer
-from lldfast.teach import teach, top_k_
 
 T = 16
 BYTES = load_tokenizer("bytes")
@@ -223,8 +223,8 @@ def test_a_killed_process_goes_on(tmp_path, corpus):
     teacher().module.save(tmp_path / "model", BYTES)
     program = f"""
 import os, signal
-from lldfast.data import teachercache
-from lldfast.teach import teach
+from lldfast.distill import cache as teachercache
+from lldfast.distill.teach import teach
 teachercache.COMMIT_SECONDS = 0.0
 append, calls = teachercache.CacheWriter.append, []
 def killed(self, domain, ids, logprob, rest):

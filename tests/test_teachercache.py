@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from lldfast.data import teachercache
 from lldfast.data.mixture import DomainMixture
 from lldfast.data.shards import DTYPES
-from lldfast.data.teachercache import CacheSpec, CacheWriter, TeacherCache
+from lldfast.distill import cache as teachercache
+from lldfast.distill.cache import CacheSpec, CacheWriter, TeacherCache
 from lldfast.errors import CorruptError, InputError, WriteError
 
 K, T = 5, 16

@@ -16,14 +16,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lldfast.config import Config, GramConfig, LogConfig, ModelConfig, TargetConfig, TrainConfig
-from lldfast.data.prepare import prepare
+from lldfast.data.making.prepare import prepare
 from lldfast.errors import BusyError, InputError, TrainingError
 from lldfast.files import folder_lock, read_json
 from lldfast.models.scorer import Scorer
-from lldfast.runlog import read_jsonl
+from lldfast.run.config import Config, GramConfig, LogConfig, ModelConfig, TargetConfig, TrainConfig
+from lldfast.run.log import read_jsonl
 from lldfast.train import run
-from lldfast.weightsfile import load_weights, save_weights
+from lldfast.weights.file import load_weights, save_weights
 
 STEPS = 24
 SENTENCES = {
@@ -227,7 +227,7 @@ def test_a_run_of_an_earlier_version_goes_on(corpus, target, tmp_path):
 
 CHILD = """
 import dataclasses, json, sys
-from lldfast.config import *
+from lldfast.run.config import *
 from lldfast.train import run
 spec = json.loads(sys.argv[1])
 run(Config(
@@ -290,7 +290,7 @@ def test_unknown_domain_in_a_weights_file(corpus, tmp_path):
 
 
 def test_nan_loss_names_step_and_domain_and_keeps_the_checkpoint(corpus, target, tmp_path, monkeypatch):
-    import lldfast.objective as objective
+    import lldfast.distill.objective as objective
 
     real, calls = objective.linear_cross_entropy, []
 
@@ -342,9 +342,9 @@ def test_tokenizer_of_shards_and_model_differ(corpus, target, tmp_path):
 
 
 def test_a_prior_is_aligned_by_name_whatever_the_order_of_the_evaluation_texts(corpus, target, tmp_path):
-    from lldfast.config import parse_method
     from lldfast.data.evalset import EvalSet
-    from lldfast.experiment import Experiment
+    from lldfast.run.config import parse_method
+    from lldfast.run.experiment import Experiment
     from lldfast.train import make_source
 
     folder = tmp_path / "data"
@@ -362,7 +362,7 @@ def test_a_prior_is_aligned_by_name_whatever_the_order_of_the_evaluation_texts(c
 
 
 def test_a_base_to_continue_from_brings_its_own_shape(corpus, target, tmp_path):
-    from lldfast.experiment import Experiment
+    from lldfast.run.experiment import Experiment
 
     c = config(tmp_path / "run", corpus, model=ModelConfig(preset="demo-330k", init=str(target)))
     exp = Experiment.open(c, ["uniform"])
@@ -390,7 +390,7 @@ def test_a_domain_without_evaluation_texts(corpus, target, tmp_path):
 def test_disk_full_while_checkpointing_keeps_the_last_one(corpus, tmp_path, monkeypatch):
     import errno
 
-    import lldfast.checkpoint as checkpoint
+    import lldfast.run.checkpoint as checkpoint
     from lldfast.errors import WriteError
 
     real = checkpoint.save_file

@@ -10,21 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lldfast.config import Config, ModelConfig, TargetConfig, TrainConfig
+from lldfast.data.making.prepare import prepare
 from lldfast.data.mixture import DomainMixture
-from lldfast.data.prepare import prepare
 from lldfast.data.shards import TokenShards
-from lldfast.data.teachercache import TeacherCache
 from lldfast.data.tokenizer import load_tokenizer
+from lldfast.distill.cache import TeacherCache
+from lldfast.distill.objective import Distillation, Rows
+from lldfast.distill.teach import teach
 from lldfast.errors import InputError
 from lldfast.files import read_json
-from lldfast.methods import DistillConfig, parse_method
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig
 from lldfast.models.scorer import Scorer, load_scorer
-from lldfast.objective import Distillation, Rows
-from lldfast.ops.distill import reference
-from lldfast.runlog import read_jsonl
-from lldfast.teach import teach
+from lldfast.ops.distill.loss import reference
+from lldfast.run.config import Config, ModelConfig, TargetConfig, TrainConfig
+from lldfast.run.log import read_jsonl
+from lldfast.run.methods import DistillConfig, parse_method
 from lldfast.train import run
 
 STEPS = 12

@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lldfast.constrained import (
+from lldfast.errors import InputError
+from lldfast.weights.constrained import (
     fit_weights,
     trust_region_weights,
 )
-from lldfast.errors import InputError
-from lldfast.rules import Rule, StepGram, aggregation, elapsed_weights, replay, two_stage_weights
-from lldfast.weights import (
+from lldfast.weights.equations import (
     adjusted_direction,
     adjusted_lld_weights,
     aggregate_weights,
@@ -24,6 +23,7 @@ from lldfast.weights import (
     standard_errors,
     with_floor,
 )
+from lldfast.weights.rules import Rule, StepGram, aggregation, elapsed_weights, replay, two_stage_weights
 
 rng = np.random.default_rng(0)
 

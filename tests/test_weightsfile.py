@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from lldfast.constrained import fit_weights
 from lldfast.errors import CorruptError, InputError
-from lldfast.rules import Rule, replay
-from lldfast.weights import adjusted_lld_weights, aggregate_weights, lld_weights
-from lldfast.weightsfile import (
+from lldfast.weights.constrained import fit_weights
+from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights
+from lldfast.weights.file import (
     disclosure,
     load_weights,
     read_weights_file,
@@ -19,6 +18,7 @@ from lldfast.weightsfile import (
     save_weights,
     trajectory_arrays,
 )
+from lldfast.weights.rules import Rule, replay
 
 rng = np.random.default_rng(0)
 NAMES = ["Github", "Pile-CC", "Wikipedia (en)"]

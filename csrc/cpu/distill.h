@@ -1,4 +1,4 @@
-// Distillation losses of given logits and their gradient by the student's: lldfast/ops/distill_rows.py.
+// Distillation losses of given logits and their gradient by the student's: lldfast/ops/distill/rows.py.
 #pragma once
 
 #include <cstdint>

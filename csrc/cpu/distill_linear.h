@@ -4,7 +4,7 @@
 //
 //   z = H W^T,   log q = log softmax(z_student / temperature),   log p = log softmax(z_teacher / temperature)
 //
-// Formulas: lldfast/ops/distill_math.py.
+// Formulas: lldfast/ops/distill/math.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The formulas of lldfast/ops/distill_math.py per vocabulary entry, on the vectors of the including file.
+// The formulas of lldfast/ops/distill/math.py per vocabulary entry, on the vectors of the including file.
 //
 // D names r and one other distribution o, teacher or student. With the arguments of JS and AB exchanged where r comes
 // first, four forms cover all orders. A kernel makes a DistillMath once per call, normalises its logs P and Q (-inf:

@@ -1,4 +1,4 @@
-// A distillation loss as plain numbers: lldfast/ops/distill_spec.py.
+// A distillation loss as plain numbers: lldfast/ops/distill/spec.py.
 #pragma once
 
 namespace lldfast {

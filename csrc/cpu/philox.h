@@ -1,4 +1,4 @@
-// Philox4x32-10 (Random123), one counter at a time and as many as a vector holds; lldfast/ops/philox.py is the
+// Philox4x32-10 (Random123), one counter at a time and as many as a vector holds; lldfast/ops/sketch/philox.py is the
 // reference.
 #pragma once
 

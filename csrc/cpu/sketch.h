@@ -1,4 +1,4 @@
-// The signed XOR-fold of lldfast/ops/sketch.py, which specifies it to the bit: a vector of P numbers to k.
+// The signed XOR-fold of lldfast/ops/sketch/fold.py, which specifies it to the bit: a vector of P numbers to k.
 #pragma once
 
 #include <cstdint>

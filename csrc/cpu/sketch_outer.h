@@ -1,4 +1,4 @@
-// Gradients of single samples into sketches of their own (lldfast/ops/sketch_outer.py), never stored: the products
+// Gradients of single samples into sketches of their own (lldfast/ops/sketch/outer.py), never stored: the products
 // b^T a of a linear layer, and rows of numbers with a place each.
 #pragma once
 

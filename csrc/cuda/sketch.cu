@@ -1,4 +1,4 @@
-// x [n] (fp32, bf16, fp16)  ->  fp64 sketch [k] +=, fp64 sums; the formula is that of lldfast/ops/sketch.py.
+// x [n] (fp32, bf16, fp16)  ->  fp64 sketch [k] +=, fp64 sums; the formula is that of lldfast/ops/sketch/fold.py.
 //
 // A block of threads owns a bucket tile (32 rows x 128 lanes) for a block of 32 chunks, so that a bucket gets its terms
 // in order without atomics. A thread owns 4 neighbouring lanes in 8 rows: the mask moves whole groups of 4, which one

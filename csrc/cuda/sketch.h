@@ -1,4 +1,4 @@
-// The signed XOR-fold of lldfast/ops/sketch.py on a CUDA device: n numbers to a sketch of k.
+// The signed XOR-fold of lldfast/ops/sketch/fold.py on a CUDA device: n numbers to a sketch of k.
 #pragma once
 
 #include <cuda_runtime_api.h>

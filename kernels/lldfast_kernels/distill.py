@@ -338,7 +338,7 @@ def distill_rows(
 ) -> tuple[Tensor, Tensor]:
     """(divergence [R], cross entropy [R]), fp32; the gradient goes to `out`, where that is given, with g_divergence and g_ce.
 
-    spec: the numbers of a loss by name, as in lldfast/ops/distill_spec.py. Cross entropy is 0 where it wants none, and inf where
+    spec: the numbers of a loss by name, as in lldfast/ops/distill/spec.py. Cross entropy is 0 where it wants none, and inf where
     the label lies outside the student's vocabulary. g_ce None: zeros.
 
     Raises:

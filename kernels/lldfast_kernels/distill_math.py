@@ -1,6 +1,6 @@
 """What distill.py does per vocabulary entry: teacher p, student q, assistant r, as logs P, Q, R in fp32.
 
-The formulas are those of lldfast/ops/distill_math.py, written so that no digits cancel: a difference of logs such as P - R comes
+The formulas are those of lldfast/ops/distill/math.py, written so that no digits cancel: a difference of logs such as P - R comes
 from P - Q, not from R, and 1 + c expm1(-|u|) near 0 from the exponential itself. An entry that both models exclude (-inf) counts
 nothing, a term whose factor is 0 is 0 where the limit is, NaN stays NaN.
 """

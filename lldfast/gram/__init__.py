@@ -2,7 +2,7 @@
 
 Row k of J is the gradient of l_k, the mean log-likelihood per token of domain k. Every text belongs to one domain, so all of J
 costs one forward and backward pass over the evaluation corpus (about 6 P N FLOPs against 2 P N for scoring); what grows with the
-model are K rows of P numbers, which a sketch of k numbers each replaces (ops/sketch.py).
+model are K rows of P numbers, which a sketch of k numbers each replaces (ops/sketch/fold.py).
 
 `estimate` does it for a model and an evaluation corpus. `Collector` does it around any backward pass of yours, `Accumulator` from
 gradients that you already have; `per_text` sketches the gradient of every single text; `fidelity` measures how well G predicts

@@ -29,8 +29,8 @@ from torch import Tensor
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path
 from lldfast.gram import stats
-from lldfast.ops.philox import check_seed
-from lldfast.ops.sketch import check_k, fold
+from lldfast.ops.sketch.fold import check_k, fold
+from lldfast.ops.sketch.philox import check_seed
 
 FORMAT = "lldfast-gram-sketch"
 # What numpy lets through of a damaged archive.

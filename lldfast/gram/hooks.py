@@ -20,8 +20,8 @@ from lldfast.models.scorer import Head, Scorer
 from lldfast.models.scoring import IGNORE, Batch, token_logprobs
 from lldfast.ops.chunks import transform_
 from lldfast.ops.linear_logprob import linear_logprob
-from lldfast.ops.sketch import fold
-from lldfast.ops.sketch_outer import fold_outer, fold_rows
+from lldfast.ops.sketch.fold import fold
+from lldfast.ops.sketch.outer import fold_outer, fold_rows
 
 LOGIT_ENTRIES = 1 << 22  # gradients of logits alive at a time
 

@@ -1,6 +1,6 @@
 """The gradient of every text's log-likelihood, as a sketch: one forward and backward pass per batch of texts.
 
-Row n of the result is the signed XOR-fold (ops/sketch.py) of g_n, the gradient of the TOTAL log-likelihood of text n in nats,
+Row n of the result is the signed XOR-fold (ops/sketch/fold.py) of g_n, the gradient of text n's TOTAL log-likelihood in nats,
 over the collector's flat parameter space: trainable parameters in the order of `named_parameters`, tied ones once. No g_n is ever
 stored, so memory depends on the batch and not on the number of texts:
 
@@ -34,8 +34,8 @@ from lldfast.gram.collector import Layout
 from lldfast.gram.hooks import NotSeparable, Run, Setting, Slot
 from lldfast.models.scorer import Scorer, Segment
 from lldfast.models.scoring import IGNORE, Batch, evaluating, layer_tokens, token_logprobs
-from lldfast.ops.philox import check_seed
-from lldfast.ops.sketch import check_k, fold
+from lldfast.ops.sketch.fold import check_k, fold
+from lldfast.ops.sketch.philox import check_seed
 
 PROJECTIONS = 4  # numbers that a parameter's part of a sketch is compared by
 # Relative differences of a text in a batch from the same text alone: rounding stays far below, a mistake is of the order of 1.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lldfast.backends import compiled_module, extension
-from lldfast.ops.distill_spec import Spec
+from lldfast.ops.distill.spec import Spec
 
 # Fewer multiply-adds than this, and starting threads takes longer than they save.
 ONE_THREAD = 1 << 24

@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 
-from lldfast.ops import distill, distill_math
-from lldfast.ops.distill_spec import DIVERGENCES, ORDERS, resolve, settings
+from lldfast.ops.distill import loss as distill
+from lldfast.ops.distill import math as distill_math
+from lldfast.ops.distill.spec import DIVERGENCES, ORDERS, resolve, settings
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),

@@ -1,4 +1,4 @@
-"""lldfast_kernels.sketch in the interpreter: the bits of the reference in lldfast/ops/sketch.py, and gradients of linear layers
+"""lldfast_kernels.sketch in the interpreter: the bits of lldfast/ops/sketch/fold.py, and gradients of linear layers
 that are folded without being stored.
 """
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lldfast.errors import InputError
-from lldfast.ops.philox import philox
-from lldfast.ops.sketch import BLOCK, TILE, fold, reference
-from lldfast.ops.sketch_outer import fold_outer
+from lldfast.ops.sketch.fold import BLOCK, TILE, fold, reference
+from lldfast.ops.sketch.outer import fold_outer
+from lldfast.ops.sketch.philox import philox
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
@@ -80,7 +80,7 @@ def test_bits_of_the_reference(k, n, offset):
 @pytest.mark.parametrize("k,n,offset", MEETING)
 def test_the_meeting_of_two_chunks_is_tested(k, n, offset):
     """Else the order of terms, and which program owns a bucket, would not be: some tile gets both, some the second alone."""
-    from lldfast.ops.sketch import tile_plan
+    from lldfast.ops.sketch.fold import tile_plan
 
     first, last = offset // TILE, (offset + n - 1) // TILE
     chunk, target, _, _ = tile_plan(first, last - first + 1, k, SEED, torch.device("cpu"))

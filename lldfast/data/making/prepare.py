@@ -1,0 +1,368 @@
+"""`lldfast prepare`: texts with a domain label -> token shards and an evaluation corpus.
+
+    DIR/shards/manifest.json, <domain>.bin, <domain>.idx    training tokens (shards.py)
+    DIR/eval.parquet                                        evaluation corpus (evalset.py), chosen as evalplan.py says
+    DIR/tokenizer.json                                      when the tokenizer is a Hugging Face one or trained here
+    DIR/prepare.json                                        arguments, inputs, versions, counts, hashes
+
+The inputs are read twice, as streams: once to count and to choose the evaluation texts (evalplan.py), once to encode
+(encode.py). Evaluation documents, and exact copies of them, are left out of the shards. Memory does not grow with the
+corpus.
+
+Work happens in the hidden folder .DIR.prepare beside DIR: plan.json after the first reading, then one file for every
+16 MiB of text. A run that was killed at any moment goes on from there, and its result is the same to the byte. DIR
+appears by a single rename at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lldfast.backends import versions
+from lldfast.data.evalset import PARTS, EvalSet
+from lldfast.data.making import builtin, evalplan
+from lldfast.data.making.encode import Part, encode, token_dtype, token_hash
+from lldfast.data.making.evalplan import Plan, make_plan
+from lldfast.data.making.sources import Source
+from lldfast.data.shards import ShardWriter, TokenShards, check_domain_name, write_manifest
+from lldfast.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_manifest, train_bpe
+from lldfast.errors import CorruptError, InputError
+from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
+
+BPE_BYTES, MOST_BPE_BYTES = 8 << 10, 64 << 20  # text a BPE is trained on: per token of its vocabulary, and at most
+
+
+def prepare(
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    domain_field: str | None = None,
+    text_field: str = "text",
+    tokenizer: str = "gpt2",
+    vocab_size: int | None = None,
+    domains: Iterable[str] | None = None,
+    eval_texts: int | None = None,
+    eval_per_domain: int | None = None,
+    estimate_share: float = 0.5,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = True,
+    split: str | None = None,
+    config: str | None = None,
+    max_documents: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """Make the data folder `out`, or return it at once when it is there already, made with the same arguments.
+
+    Args:
+        inputs: "builtin", or files, folders and dataset ids (see sources.py).
+        domain_field, text_field: where a record's label and text are; dots reach into nested fields. Without
+            `domain_field`, a folder per domain gives the labels, or the first of sources.LABEL_FIELDS that is there.
+        tokenizer: "gpt2", "bytes", "bpe" (trained on the training texts), a tokenizer.json, a model folder, a hub id.
+        vocab_size: of "bpe".
+        domains: keep only these; default all.
+        eval_texts: evaluation texts in all, in proportion to the domains' bytes. Default 10,000, at most a tenth.
+        eval_per_domain: evaluation texts of every domain; replaces `eval_texts`.
+        estimate_share: share of each domain's evaluation texts in the part "estimate"; the others are in "measure".
+        seed: of the draw of evaluation texts. Neither `workers` nor the order of the documents changes the draw.
+        workers: encoding threads; default one per core.
+        split, config: of Hugging Face datasets.
+        max_documents: stop reading after so many (of the kept domains).
+        resume: go on from what an interrupted run with the same arguments and inputs left; False starts over.
+        overwrite: replace an `out` that was made with other arguments.
+
+    Raises:
+        InputError: wrong arguments or texts (file and line named), a domain without evaluation texts, a tokenizer
+            without an end-of-text token, or an `out` that holds something else.
+        CorruptError: a truncated or damaged input.
+        BusyError: another process is preparing the same `out`.
+        WriteError: the disk is full; nothing is published, and the same command goes on when there is space.
+    """
+    if not str(out).strip():
+        raise InputError("out is empty: name the folder to make")  # Path("") is the current folder
+    out = Path(out).absolute()
+    inputs = [str(inputs)] if isinstance(inputs, (str, os.PathLike)) else [str(item) for item in inputs]
+    domains = [domains] if isinstance(domains, str) else domains
+    arguments: dict[str, Any] = {
+        "inputs": inputs,
+        "domain_field": domain_field,
+        "text_field": text_field,
+        "tokenizer": str(tokenizer),
+        "vocab_size": vocab_size,
+        "domains": None if domains is None else sorted(set(domains)),
+        "eval_texts": eval_texts if eval_per_domain is None else None,
+        "eval_per_domain": eval_per_domain,
+        "estimate_share": estimate_share,
+        "seed": seed,
+        "split": split,
+        "config": config,
+        "max_documents": max_documents,
+    }
+    _check_arguments(arguments, workers)
+    source = Source(
+        arguments["inputs"],
+        text_field=text_field,
+        domain_field=domain_field,
+        split=split,
+        config=config,
+        domains=domains and arguments["domains"],
+        max_documents=max_documents,
+    )
+    record = {"arguments": arguments, "inputs": [item.stamp()[:3] for item in source.inputs]}
+    if _is_done(out, record, overwrite):
+        return out
+    ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
+    if ready is not None:
+        _check_eot(ready)
+    record["versions"] = _versions(arguments["inputs"])
+    # What a resumed run must find unchanged is stricter: also when the inputs were written, and the tokenizer's content.
+    stamps = {**record, "inputs": [item.stamp() for item in source.inputs], "tokenizer": ready and ready.hash}
+    work = out.parent / f".{out.name}.prepare"
+    with folder_lock(work):
+        try:
+            if not _is_done(out, record, overwrite):
+                plan = _plan(source, work, json.loads(json.dumps(stamps)), arguments, resume, progress)
+                ready = ready or _trained(source, plan, work, arguments, progress)
+                parts = _encoded(source, plan, ready, work, arguments["seed"], workers, progress)
+                _publish(_assemble(plan, ready, parts, work, record), out)
+            shutil.rmtree(work)
+        finally:
+            if work.exists() and not (work / "plan.json").exists():  # nothing that could be resumed
+                shutil.rmtree(work)
+    return out
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Check a data folder from end to end; every byte is read.
+
+    Shards: sizes, checksums, offsets, ids, end-of-text tokens. Evaluation corpus: its hash, sizes, both parts of every
+    domain, parts that share no document, and no held-out document among the training tokens.
+
+    Raises:
+        InputError: `path` is not a finished data folder.
+        CorruptError: the first thing found wrong, with its file.
+    """
+    shards = TokenShards(path)
+    folder = shards.path.parent  # `path` may be the shards inside
+    shards.verify()
+    record = read_json(folder / "prepare.json")
+    if not isinstance(record, dict) or record.get("format") != "lldfast-prepare" or record.get("version") != 1:
+        raise CorruptError(f"{folder / 'prepare.json'} is not a version 1 lldfast-prepare file")
+    if not isinstance(record.get("held_out"), list) or set(record.get("domains") or ()) != set(shards.domains):
+        raise CorruptError(f"{folder / 'prepare.json'}: held_out is missing, or the domains are not {shards.domains}")
+    file = folder / "eval.parquet"
+    evalset = EvalSet.load(file)
+    tokenizer_from_manifest(shards.tokenizer, folder)
+    for what, found in (("corpus_hash", shards.corpus_hash), ("evalset_hash", evalset.hash)):
+        if record.get(what) != found:
+            there = f"{found}, but prepare.json says {record.get(what)}"
+            raise CorruptError(f"{folder}: {what} is {there}: files of two runs are mixed")
+    if evalset.domains != shards.domains:
+        raise CorruptError(f"{file} has the domains {evalset.domains}, the shards {shards.domains}")
+    if evalset.n_bytes.max() > evalplan.CHUNK_BYTES:
+        raise CorruptError(f"{file}: text {int(evalset.n_bytes.argmax())} is longer than {evalplan.CHUNK_BYTES} bytes")
+    held_out = set(record["held_out"])
+    for name in shards.domains:
+        estimate, measure = (set(evalset.select(part, name).document.tolist()) for part in PARTS)
+        if not estimate or not measure:
+            raise CorruptError(f"{file}: domain {name!r} has no texts of one part")
+        if record["domains"][name]["held_out_by"] == "documents" and estimate & measure:
+            raise CorruptError(f"{file}: document {min(estimate & measure)} of domain {name!r} is in both parts")
+        tokens, offsets = shards.tokens(name), shards.offsets(name)
+        for i in range(shards.n_documents[name]):
+            if token_hash(tokens[offsets[i] : offsets[i + 1]]) in held_out:
+                raise CorruptError(f"{shards.shard_file(name)}: document {i} is held out for evaluation, yet it is in the shard")
+
+
+def _check_arguments(a: Mapping[str, Any], workers: int | None) -> None:
+    limits = {"eval_texts": 2, "eval_per_domain": 2, "max_documents": 1}  # two evaluation texts: one for each part
+    for name, least in limits.items():
+        if a[name] is not None and a[name] < least:
+            raise InputError(f"{name} must be at least {least}, got {a[name]}")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
+    if not 0 < a["estimate_share"] < 1:
+        raise InputError(f"estimate_share must lie between 0 and 1 (both parts need texts), got {a['estimate_share']}")
+    if (a["tokenizer"] == "bpe") != (a["vocab_size"] is not None):
+        raise InputError("vocab_size is needed by, and only by, the tokenizer 'bpe' that is trained here")
+    if a["vocab_size"] is not None and a["vocab_size"] < 257:
+        raise InputError(f"vocab_size must be at least 257 (256 bytes and the end-of-text token), got {a['vocab_size']}")
+    if a["domains"] is not None and not a["domains"]:
+        raise InputError("domains is an empty list: name at least one, or leave it out for all")
+
+
+def _check_eot(tokenizer: Tokenizer) -> None:
+    if tokenizer.eot is None:
+        raise InputError(f"tokenizer {tokenizer.name} has no end-of-text token, with which documents must be separated")
+
+
+def _is_done(out: Path, record: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether `out` is what these arguments would give; raises when it is something else that must not be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / "prepare.json").is_file():
+        raise InputError(f"{out} exists and is not a folder that prepare made: choose another, or remove it")
+    there = read_json(out / "prepare.json")
+    if not isinstance(there, dict):
+        raise CorruptError(f"{out / 'prepare.json'}: expected a JSON object, got {type(there).__name__}")
+    differing = [key for key in ("arguments", "inputs") if there.get(key) != json.loads(json.dumps(record[key]))]
+    if not differing:
+        try:
+            TokenShards(out)  # sizes: a file may be missing or cut off
+            return True
+        except CorruptError:
+            if not overwrite:
+                raise
+    if overwrite:
+        return False
+    if differing == ["inputs"]:
+        raise InputError(f"{out} was made when the inputs had other sizes: use overwrite to make it again")
+    old, new = there.get("arguments", {}), record["arguments"]
+    changed = ", ".join(f"{key} = {old.get(key)!r}, now {new[key]!r}" for key in new if old.get(key) != new[key])
+    raise InputError(f"{out} was made with other arguments ({changed}): choose another folder, or overwrite")
+
+
+def _plan(source: Source, work: Path, stamps: Any, a: Mapping[str, Any], resume: bool, progress: bool) -> Plan:
+    """The plan an interrupted run with the same stamps left, or a new one."""
+    path = work / "plan.json"
+    if path.exists():
+        stored = read_json(path)
+        if resume and stored["stamps"] == stamps:
+            return Plan.from_json(stored["plan"])
+        path.unlink()  # first: without it the other files mean nothing
+    for item in work.iterdir():
+        if item.name != ".lock":
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=not progress) as bar:
+        plan = make_plan(
+            source,
+            eval_texts=a["eval_texts"],
+            eval_per_domain=a["eval_per_domain"],
+            estimate_share=a["estimate_share"],
+            seed=a["seed"],
+            on_bytes=bar.update,
+        )
+    for name in plan.domains:
+        check_domain_name(name)  # now, not after the encoding
+    for warning in plan.warnings if progress else ():
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
+    write_json(path, {"stamps": stamps, "plan": plan.to_json()})
+    return plan
+
+
+def _trained(source: Source, plan: Plan, work: Path, a: Mapping[str, Any], progress: bool) -> Tokenizer:
+    """The BPE of this corpus, trained on a sample of the training documents drawn by hash."""
+    path = work / "tokenizer.json"
+    if not path.exists():
+        share = min(BPE_BYTES * a["vocab_size"], MOST_BPE_BYTES) / len(plan.domains)  # the same for every domain
+        bound = {name: min(1.0, share / entry["bytes_read"]) * 2**64 for name, entry in plan.domains.items()}
+
+        def sample() -> Iterator[str]:
+            for document in tqdm(source.documents(), "training a BPE", plan.n_documents, unit=" documents", disable=not progress):
+                digest = evalplan.digest_of(document.text.encode())
+                if digest not in plan.held and evalplan.key_of(a["seed"], "bpe", digest) < bound[document.domain]:
+                    yield document.text
+
+        train_bpe(sample(), a["vocab_size"]).save(path)
+    tokenizer = load_tokenizer(path)
+    tokenizer.name = f"bpe-{tokenizer.vocab_size}"
+    return tokenizer
+
+
+def _encoded(
+    source: Source, plan: Plan, tokenizer: Tokenizer, work: Path, seed: int, workers: int | None, progress: bool
+) -> list[Path]:
+    with tqdm(desc="encoding", total=plan.n_bytes, unit="B", unit_scale=True, disable=not progress) as bar:
+        done = 0
+
+        def on_progress(n_bytes: int, n_tokens: int) -> None:
+            nonlocal done
+            if n_tokens == 0:  # what an earlier run did is no part of this run's speed
+                bar.initial = n_bytes
+            done += n_tokens
+            bar.update(n_bytes)
+            if progress:
+                bar.set_postfix_str(f"{done / max(1e-3, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
+
+        workers = workers or os.cpu_count() or 1
+        return encode(source, plan, tokenizer, work, seed=seed, workers=workers, on_progress=on_progress)
+
+
+def _assemble(plan: Plan, tokenizer: Tokenizer, parts: Sequence[Path], work: Path, record: Mapping[str, Any]) -> Path:
+    """Write the data folder out of the part files, inside the work folder; returns it."""
+    data = work / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    dtype = token_dtype(tokenizer).name
+    texts: list[tuple[str, str, str, int]] = []
+    held_out: list[str] = []
+    copies: Counter[str] = Counter()
+    with ExitStack() as stack:
+        writers = [stack.enter_context(ShardWriter(data / "shards", name, dtype)) for name in plan.domains]
+        for path in parts:
+            part = Part.load(path)
+            ends = np.cumsum(part.lengths)
+            for domain, start, end, n_bytes in zip(part.domain, ends - part.lengths, ends, part.n_bytes):
+                writers[domain].add(part.tokens[start:end], int(n_bytes))
+            texts += part.texts
+            held_out += part.held_out
+            copies.update(part.copies)
+        entries = {writer.domain: writer.close() for writer in writers}
+    texts.sort(key=lambda row: (row[1], row[3]))  # by domain, then document; within a document they are in order
+    evalset = EvalSet([t[0] for t in texts], [t[1] for t in texts], [t[2] for t in texts], [t[3] for t in texts])
+    domains = {}
+    for name, entry in entries.items():
+        numbers = {part: int(((evalset.domain == name) & (evalset.part == part)).sum()) for part in PARTS}
+        if not all(numbers.values()):
+            raise InputError(f"domain {name!r} has no evaluation texts ({numbers}): what was drawn of it is only white space")
+        if not entry["documents"]:
+            raise InputError(f"domain {name!r} has nothing left to train on: the rest are copies of evaluation documents")
+        shown = {f"training_{key}": entry[key] for key in ("documents", "bytes", "tokens")}
+        domains[name] = {**plan.domains[name], "held_out_copies_dropped": copies[name], **shown, "eval_texts": numbers}
+    with explain_write_errors(data):
+        evalset.save(data / "eval.parquet")
+        tokenizer.save(data)
+        corpus_hash = write_manifest(data / "shards", tokenizer.describe(), tokenizer.vocab_size, entries)
+    content = {
+        "format": "lldfast-prepare",
+        "version": 1,
+        **record,
+        "tokenizer": tokenizer.describe(),
+        "domains": domains,
+        "corpus_hash": corpus_hash,
+        "evalset_hash": evalset.hash,
+        "warnings": plan.warnings,
+        "held_out": sorted(held_out),  # XXH3-64 of the tokens of what is held out: `verify` looks for them in the shards
+    }
+    write_json(data / "prepare.json", content)
+    return data
+
+
+def _publish(data: Path, out: Path) -> None:
+    """Give the finished folder its name; an older one (overwrite) is moved aside first and removed last."""
+    old = out.with_name(f".{out.name}.old")
+    with explain_write_errors(out):
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            os.rename(out, old)
+        os.rename(data, out)
+        fsync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _versions(inputs: Sequence[str]) -> dict[str, str]:
+    """Versions of what can change the result."""
+    here = versions()
+    used = {name: here[name] for name in ("lldfast", "python", "numpy", "pyarrow", "tiktoken", "tokenizers") if name in here}
+    return used | (builtin.versions() if "builtin" in inputs else {})

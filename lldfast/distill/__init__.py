@@ -1,0 +1,1 @@
+"""Distillation beside mixture design: teachers that run or were recorded, and text that a model writes."""

@@ -1,0 +1,104 @@
+"""What a training step minimises: cross entropy, or a distillation loss against a running or a recorded teacher."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lldfast.distill.cache import TeacherCache
+from lldfast.errors import InputError
+from lldfast.models.scorer import Scorer
+from lldfast.ops.distill.loss import DistillTokens, distill_loss, distill_loss_from_logits, distill_loss_topk
+from lldfast.ops.linear_logprob import linear_cross_entropy
+from lldfast.run.methods import DistillConfig, Method
+
+
+class Rows(NamedTuple):
+    """Rows of a batch: tokens x and next tokens y [B, T], each row's domain (a number) and where it begins there, both [B]."""
+
+    x: Tensor
+    y: Tensor
+    domain: np.ndarray
+    start: np.ndarray
+
+
+class Objective(Protocol):
+    """(step, hidden [B, T, d], head [V, d], valid_vocab, rows) -> (mean loss, what each token contributed [B, T], detached)."""
+
+    def __call__(self, step: int, hidden: Tensor, weight: Tensor, vocab: int, rows: Rows) -> tuple[Tensor, Tensor]: ...
+
+
+def cross_entropy(step: int, hidden: Tensor, weight: Tensor, vocab: int, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The Objective of plain training."""
+    loss, logprob = linear_cross_entropy(hidden, weight, rows.y, valid_vocab=vocab, return_logprob=True)
+    return loss, -logprob
+
+
+class Distillation:
+    """The Objective of a distilled method: its loss at each step against a Scorer that runs, or a TeacherCache.
+
+    Args:
+        domains: names that the rows' domain numbers stand for.
+        steps: of the whole run, over which lam moves to `lam_end`.
+    """
+
+    def __init__(
+        self, method: Method, config: DistillConfig, teacher: Scorer | TeacherCache, *, domains: list[str], steps: int
+    ) -> None:
+        self.method, self.config, self.teacher, self.domains, self.steps = method, config, teacher, domains, steps
+        self._head: dict[str, Any] = {}
+
+    def __call__(self, step: int, hidden: Tensor, weight: Tensor, vocab: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        options = self.config.loss(self.method, step, self.steps) | {"valid_vocab": vocab, "return_tokens": True}
+        if isinstance(self.teacher, TeacherCache):
+            ids, logprob, left = (x.to(hidden.device) for x in self.teacher.rows(rows.domain, rows.start, self.domains))
+            loss, tokens = distill_loss_topk(hidden, weight, ids, logprob, left, rows.y, **options)
+        else:
+            loss, tokens = self._running(self.teacher, hidden, weight, rows, options)
+        return loss, tokens.divergence + options["ce_weight"] * tokens.ce
+
+    def _running(
+        self, teacher: Scorer, hidden: Tensor, weight: Tensor, rows: Rows, options: dict[str, Any]
+    ) -> tuple[Tensor, DistillTokens]:
+        ids = rows.x.to(teacher.device)
+        own_dtype = torch.autocast(teacher.device.type, enabled=False)  # distill.dtype, whatever the student computes in
+        if not teacher.separate_head:  # its logits are alive for these rows, and so are the student's
+            with torch.no_grad(), own_dtype:
+                logits = teacher.logits(ids).to(hidden.device)
+            return distill_loss_from_logits(hidden @ weight.T, logits, rows.y, **options)
+        with torch.no_grad(), own_dtype:
+            theirs = teacher.hidden(ids).to(hidden.device)
+        if not self._head:
+            head = teacher.head()
+            self._head = {
+                "teacher_weight": head.weight[: head.valid_vocab].detach().to(hidden.device),
+                "teacher_bias": None if head.bias is None else head.bias[: head.valid_vocab].detach().to(hidden.device),
+                "teacher_softcap": head.softcap,
+                "teacher_logit_scale": head.logit_scale,
+            }
+        return distill_loss(hidden, weight, theirs, labels=rows.y, **self._head, **options)
+
+
+def teacher_identity(teacher: Scorer | TeacherCache) -> dict[str, Any]:
+    """Who teaches, for provenance; a cache recorded it."""
+    return teacher.teacher if isinstance(teacher, TeacherCache) else teacher.identity
+
+
+def fingerprint(teacher: Scorer | TeacherCache | None) -> str | None:
+    """What a checkpoint keeps of its teacher: the hash of the weights, and how much of it was recorded."""
+    if teacher is None:
+        return None
+    return str(teacher_identity(teacher)["hash"]) + (f", top {teacher.k}" if isinstance(teacher, TeacherCache) else "")
+
+
+def check_same_teacher(method: str, before: Any, now: Any) -> None:
+    """Refuse to go on with another teacher than the one that a checkpoint was trained against.
+
+    Raises:
+        InputError: naming both.
+    """
+    if before != now:
+        raise InputError(f"method {method!r} was trained against the teacher {before}, now it is {now}: use another --out")

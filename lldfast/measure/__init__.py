@@ -1,0 +1,1 @@
+"""Log-likelihood vectors and what is measured on them."""

@@ -1,0 +1,1 @@
+"""The distillation losses of the alpha-mixture family."""

@@ -1,0 +1,1 @@
+"""Sketches of gradients: random signs and folds of a vector to k numbers."""
