@@ -50,7 +50,8 @@ from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.models.scoring import Batch, batches, evaluating, token_logprobs
 from lldfast.ops.sketch.fold import fold
 from lldfast.run.config import Config, DataConfig, LLDConfig, LogConfig, ModelConfig, TrainConfig
-from lldfast.run.experiment import open_data, resolve_location
+from lldfast.run.experiment import open_data
+from lldfast.run.place import resolve_location
 from lldfast.train import run as train
 from lldfast.weights.file import save_weights
 

