@@ -26,7 +26,7 @@ import torch
 
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
-from lldfast.measure.loglik import score
+from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer, load_scorer
 

@@ -22,7 +22,7 @@ _NAMES = {
     "distill_loss_from_logits": "lldfast.ops.distill.loss",
     "distill_loss_topk": "lldfast.ops.distill.loss",
     "SegmentSums": "lldfast.ops.segments",
-    "score": "lldfast.measure.loglik",
+    "score": "lldfast.measure.score",
     "delta": "lldfast.measure.loglik",
     "LoglikVector": "lldfast.measure.loglik",
     "load_scorer": "lldfast.models.scorer",
@@ -40,7 +40,7 @@ _NAMES = {
     "trust_region_weights": "lldfast.weights.constrained",
     "fit_weights": "lldfast.weights.constrained",
     "aggregate_weights": "lldfast.weights.equations",
-    "effective_domains": "lldfast.weights.equations",
+    "effective_domains": "lldfast.weights.simplex",
     "Rule": "lldfast.weights.rules",
     "load_weights": "lldfast.weights.file",
     "save_weights": "lldfast.weights.file",
@@ -91,7 +91,8 @@ if TYPE_CHECKING:
     from lldfast.errors import LLDError
     from lldfast.measure import divergence, modelmap
     from lldfast.measure.divergence import jsd_matrix, kl, kl_matrix, nll_gap, true_kl, weight_kl
-    from lldfast.measure.loglik import LoglikVector, delta, score
+    from lldfast.measure.loglik import LoglikVector, delta
+    from lldfast.measure.score import score
     from lldfast.models.gpt import GPT, GPTConfig
     from lldfast.models.scorer import Scorer, load_scorer
     from lldfast.ops.distill.loss import distill_loss, distill_loss_from_logits, distill_loss_topk
@@ -99,11 +100,7 @@ if TYPE_CHECKING:
     from lldfast.ops.logprob import logprob, merge_vocab_shards
     from lldfast.ops.segments import SegmentSums
     from lldfast.weights.constrained import fit_weights, trust_region_weights
-    from lldfast.weights.equations import (
-        adjusted_lld_weights,
-        aggregate_weights,
-        effective_domains,
-        lld_weights,
-    )
+    from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights
     from lldfast.weights.file import load_weights, save_weights
     from lldfast.weights.rules import Rule
+    from lldfast.weights.simplex import effective_domains

@@ -208,7 +208,7 @@ def run_verify(o: argparse.Namespace) -> None:
 def run_score(o: argparse.Namespace) -> None:
     from lldfast.data.evalset import EvalSet
     from lldfast.files import check_writable
-    from lldfast.measure.loglik import score
+    from lldfast.measure.score import score
     from lldfast.models.scorer import load_scorer
     from lldfast.run.place import pick_device, resolve_location
 
@@ -256,7 +256,8 @@ def run_gram(o: argparse.Namespace) -> None:
     from lldfast import gram
     from lldfast.data.evalset import EvalSet
     from lldfast.files import check_writable
-    from lldfast.measure.loglik import LoglikVector, delta, score
+    from lldfast.measure.loglik import LoglikVector, delta
+    from lldfast.measure.score import score
     from lldfast.models.scorer import load_scorer
     from lldfast.run.place import pick_device, resolve_location
 
@@ -341,25 +342,25 @@ def run_kl(o: argparse.Namespace) -> None:
 def run_weights(o: argparse.Namespace) -> None:
     import dataclasses
 
-    from lldfast.files import write_json
-    from lldfast.weights.equations import effective_domains
-    from lldfast.weights.file import read_weights_file, recompute, rule_of
+    from lldfast.weights.file import Stage, WeightsFile
+    from lldfast.weights.recompute import recompute
+    from lldfast.weights.simplex import effective_domains
 
     path = find_trajectory(Path(o.run), o.method)
     changes = {"name": o.rule, "tau": o.tau, "step_size": o.step_size, "floor": o.floor}
     changes |= {"radius": o.radius, "fit_step": o.fit_step}
-    rule = dataclasses.replace(rule_of(read_weights_file(path)), **{k: v for k, v in changes.items() if v is not None})
+    rule = dataclasses.replace(WeightsFile.load(path).made_by(), **{k: v for k, v in changes.items() if v is not None})
     result = recompute(path, rule=rule, aggregate=o.aggregate, step_weights=o.step_weights, steps=o.steps, stages=o.stages)
-    print(f"{path}: rule {rule.name}, tau {rule.tau:g}, {result['aggregate']}, {result['step_weights']} step weights")
-    for stage in result["stages"] or [{"weights": result["weights"]}]:
-        if "from_step" in stage:
-            print(f"from step {stage['from_step']}:")
-        for name, weight in sorted(stage["weights"].items(), key=lambda item: -item[1]):
-            error = "" if not result["weights_se"] else f" +- {result['weights_se'][name]:.4f}"
+    print(f"{path}: rule {rule.name}, tau {rule.tau:g}, {result.aggregate}, {result.step_weights} step weights")
+    for stage in result.stages or [Stage(0, result.weights)]:
+        if result.stages:
+            print(f"from step {stage.from_step}:")
+        for name, weight in sorted(stage.weights.items(), key=lambda item: -item[1]):
+            error = "" if not result.weights_se else f" +- {result.weights_se[name]:.4f}"
             print(f"  {name:24}  {weight:.4f}{error}")
-        print(f"  effective domains {effective_domains(stage['weights']):.2f}")
+        print(f"  effective domains {effective_domains(stage.weights):.2f}")
     if o.out is not None:
-        write_json(o.out, result)
+        result.save(o.out)
         print(f"wrote {o.out}")
 
 

@@ -20,18 +20,24 @@ import numpy as np
 import torch
 
 from lldfast import gram as grams
+from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.errors import InputError
+from lldfast.errors import InputError, renamed_arguments
 from lldfast.files import atomic_path
 from lldfast.measure.divergence import finite
-from lldfast.measure.loglik import LoglikVector, delta, score
+from lldfast.measure.loglik import LoglikVector, check_same_texts, delta
+from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
 from lldfast.schedule import estimation_steps
-from lldfast.weights.equations import Array, bootstrap_deltas, effective_domains, standard_errors
-from lldfast.weights.file import combine, default_step_weights, recipe_errors, step_gram
-from lldfast.weights.rules import Rule, StepGram, aggregation, replay
+from lldfast.weights.bootstrap import bootstrap_deltas, standard_errors
+from lldfast.weights.disclosure import disclosure
+from lldfast.weights.file import Estimate, WeightsFile, step_gram
+from lldfast.weights.recipe import aggregation, combine, default_step_weights, recipe_errors
+from lldfast.weights.recompute import REPLICATES
+from lldfast.weights.rules import Rule, StepGram, replay
+from lldfast.weights.simplex import Array
 
 # what `gram_options` may hold: the arguments of gram.estimate that are not the controller's own
 GRAM_OPTIONS = (
@@ -40,6 +46,7 @@ GRAM_OPTIONS = (
 SKETCH_DRAWS = 100  # simulated sketches behind the standard errors of weights
 
 
+@renamed_arguments(normalize="per")
 class LLDController:
     """Algorithm 1's estimates: Delta_t = l(target) - l(base at t) at the steps of S, and the weights a rule makes of them.
 
@@ -60,7 +67,7 @@ class LLDController:
         steps: int,
         rule: str | Rule = "iterative",
         tokenizer: Tokenizer | None = None,
-        normalize: str = "base_tokens",
+        per: str = "base_tokens",
         at: Sequence[int] | None = None,
         bootstrap: int = 0,
         seed: int = 0,
@@ -74,7 +81,7 @@ class LLDController:
             steps: length of the run.
             rule: a rule's name, or a `Rule` with its options.
             tokenizer: needed when `step` is given a bare GPT instead of a Scorer.
-            normalize: "base_tokens", "bytes" or "texts", eq. (3).
+            per: "base_tokens", "bytes" or "texts": what log-likelihoods are divided by, eq. (3).
             at: the step set S; `estimation_steps(steps)` by default.
             bootstrap: replicates over texts for standard errors; 0 for none.
             gram_options: keyword arguments of `gram.estimate` for rules that need G: mode, k, groups, debias, budget_bytes,
@@ -90,10 +97,7 @@ class LLDController:
             raise InputError("there are no evaluation texts to estimate on")
         if len(target) != len(evalset) and "estimate" in target.part:
             target = target.select("estimate")
-        if len(target) != len(evalset) or not np.array_equal(target.n_bytes, evalset.n_bytes):
-            raise InputError(
-                f"the target was scored on other texts than the controller's: {len(target)} and {len(evalset)} texts"
-            )
+        check_same_texts(target, evalset, ("the target's scores", "the controller's evaluation texts"))
         if bootstrap == 1 or bootstrap < 0:
             raise InputError(f"bootstrap must be 0 or at least 2, got {bootstrap}")
         self.gram_options = dict(gram_options or {})
@@ -107,7 +111,7 @@ class LLDController:
         if self.rule.prior is not None and len(self.rule.prior) != len(self.domains):
             raise InputError(f"the rule's prior has {len(self.rule.prior)} entries for {len(self.domains)} domains")
         self.at = set(estimation_steps(steps) if at is None else at)
-        self.normalize, self.bootstrap, self.seed, self.batch_tokens = normalize, bootstrap, seed, batch_tokens
+        self.per, self.bootstrap, self.seed, self.batch_tokens = per, bootstrap, seed, batch_tokens
         self.steps: list[int] = []
         self.deltas: list[Array] = []
         self.weights: list[Array] = []
@@ -116,6 +120,7 @@ class LLDController:
         self.replicates: list[Array] = []
         self.gram_seconds = 0.0  # what the last estimate of G took
         self._logits = np.zeros(len(self.domains))
+        self._base: dict[str, Any] | None = None  # identity of the model that was scored first
 
     def step(self, step: int, model: Scorer | GPT, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float] | None:
         """Call before optimiser step `step`. Returns the new weights {domain: weight}, or None when S has no such step.
@@ -132,8 +137,10 @@ class LLDController:
             raise InputError(f"step {step} comes after an estimate at step {self.steps[-1]}")
         scorer = self._scorer(model)
         base = score(scorer, self.evalset, batch_tokens=self.batch_tokens)
-        by_domain, _ = delta(self.target, base, normalize=self.normalize)
+        by_domain, _ = delta(self.target, base, per=self.per)
         values = np.array([by_domain[name] for name in self.domains])
+        if not self.steps:
+            self._base = base.meta["model"]  # theta_0, where weights were estimated first
         gram: StepGram | None = None
         info: dict[str, Any] | None = None
         if self.rule.needs_gram:
@@ -249,7 +256,7 @@ class LLDController:
 
     def _counts(self, base: LoglikVector) -> Array:
         """What a text counts in the denominator of eq. (3) [N]."""
-        counts = {"base_tokens": base.n_tokens, "bytes": base.n_bytes, "texts": np.ones(len(base))}[self.normalize]
+        counts = {"base_tokens": base.n_tokens, "bytes": base.n_bytes, "texts": np.ones(len(base))}[self.per]
         return counts.astype(np.float64)
 
     def _tokens_per_unit(self, base: LoglikVector) -> Array:
@@ -297,21 +304,67 @@ class LLDController:
         chose none) and "drift" ({domain: value} or None), which `replay` needs; "debiased", the number of domains whose diagonal
         was; "weights_se", standard errors of the weights by the sketch ({domain: value}; None without one); and `Rule.reading`.
         """
-        entries = []
-        for i, step in enumerate(self.steps):
-            gram = self.grams[i]
-            entries.append(
-                {
-                    "step": step,
-                    "delta": self._named(self.deltas[i]),
-                    "delta_se": self._delta_errors(i),
-                    "weights": self._named(self.weights[i]),
-                    "gram": None if gram is None else gram.tolist(),
-                    "gram_info": self.gram_info[i],
-                    "effective_domains": effective_domains(self.weights[i]),
-                }
+        return [estimate.to_json() for estimate in self.estimates()]
+
+    def estimates(self) -> list[Estimate]:
+        """The estimates made so far, as a weights file holds them."""
+        return [
+            Estimate(
+                step=step,
+                delta=self._named(self.deltas[i]),
+                weights=self._named(self.weights[i]),
+                delta_se=self._delta_errors(i),
+                gram=None if gram is None else gram.tolist(),
+                gram_info=self.gram_info[i],
             )
-        return entries
+            for i, (step, gram) in enumerate(zip(self.steps, self.grams, strict=True))
+        ]
+
+    def record(self, *, aggregate: str = "geometric", step_weights: str | None = None) -> WeightsFile:
+        """The fixed recipe with its trajectory, and all that the controller knows about where it comes from.
+
+        Args:
+            aggregate, step_weights: as `aggregate`'s method and step_weights.
+
+        Raises:
+            InputError: there is no estimate yet.
+        """
+        how = step_weights or default_step_weights(self.rule.name)
+        mean = aggregation(self.rule.name, aggregate)
+        target = self.target.meta.get("model")
+        file = WeightsFile(
+            self.aggregate(method=mean, step_weights=how),
+            trajectory=self.estimates(),
+            weights_se=self.aggregate_errors(method=mean, step_weights=how),
+            total_steps=self.total,
+            per=self.per,
+            base=self._base,
+            target=target,
+            about={"evalset_hash": self.evalset.hash, "seed": self.seed, "versions": versions()},
+            aggregate=mean,
+            step_weights=how,
+            last_weights=self._named(self.weights[-1]),
+            last_weights_se=self.last_errors(),
+            disclosure=disclosure(self.rule.name, target),
+        )
+        file.set_rule(self.rule, self.domains)
+        return file
+
+    def save(self, path: str | Path, *, aggregate: str = "geometric", step_weights: str | None = None, **about: Any) -> Path:
+        """Write `record` as a weights file, and beside it the bootstrap replicates that offline error bars are made of.
+
+        Args:
+            aggregate, step_weights: as `aggregate`'s method and step_weights.
+            about: further provenance, by its names in docs/FORMATS.md: corpus_hash, method, ...
+
+        Raises:
+            InputError: there is no estimate yet, or a value of `about` cannot be JSON.
+            WriteError: the file cannot be written.
+        """
+        file = self.record(aggregate=aggregate, step_weights=step_weights)
+        file.about |= about
+        self.save_replicates(Path(path).with_name(REPLICATES))
+        return file.save(path)
 
     def _delta_errors(self, i: int) -> dict[str, float | None] | None:
         """Standard errors of Delta at the i-th estimate; None for a domain of one text, which resampling cannot vary."""
@@ -353,6 +406,7 @@ class LLDController:
             else np.zeros((0, 0, k)),
             "gram_info": np.array(json.dumps(self.gram_info)),
             "logits": self._logits.copy(),
+            "base": np.array(json.dumps(self._base)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -373,6 +427,7 @@ class LLDController:
         self.gram_info = json.loads(str(state["gram_info"])) if "gram_info" in state else [None] * len(self.steps)
         self.replicates = list(state["replicates"])
         self._logits = state["logits"].copy()
+        self._base = json.loads(str(state["base"])) if "base" in state else None  # a state of before it was stored
 
 
 def _bartlett(rng: np.random.Generator, size: int, k: int) -> Array:

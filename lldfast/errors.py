@@ -1,4 +1,16 @@
-"""Errors a user can act on. The command line prints them without a traceback; library callers can catch `LLDError`."""
+"""Errors a user can act on, and warnings where a name has changed.
+
+The command line prints errors without a traceback; library callers can catch `LLDError`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class LLDError(Exception):
@@ -27,3 +39,36 @@ class MissingDependencyError(LLDError, ImportError):
 
 class TrainingError(LLDError, RuntimeError):
     """Training cannot go on: a loss or gradient is not finite."""
+
+
+def deprecated(old: str, new: str, *, stacklevel: int = 3) -> None:
+    """Say that a former name is used where `new` is meant; it goes on working. `stacklevel` 3 is the caller of the caller."""
+    warnings.warn(f"{old} is deprecated: use {new}", DeprecationWarning, stacklevel=stacklevel)
+
+
+def renamed_arguments(**names: str) -> Callable[[F], F]:
+    """Decorate a function or a class so that it takes keyword arguments by their former names too, {former: present}.
+
+    The function then raises TypeError when it is given both.
+    """
+
+    def decorate(target: F) -> F:
+        call: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+        title = target.__name__
+
+        @functools.wraps(call)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                new = names[old]
+                if new in kwargs:
+                    raise TypeError(f"{title} was given both {old!r} and {new!r}, which is its present name")
+                deprecated(f"{title}({old}=...)", f"{new}=")
+                kwargs[new] = kwargs.pop(old)
+            return call(*args, **kwargs)
+
+        if not isinstance(target, type):
+            return wrapper  # type: ignore[return-value]
+        target.__init__ = wrapper  # type: ignore[misc]
+        return target
+
+    return decorate

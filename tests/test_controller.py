@@ -13,13 +13,16 @@ from lldfast.controller import GRAM_OPTIONS, LLDController
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import InputError
-from lldfast.measure.loglik import delta, score
+from lldfast.measure.loglik import delta
+from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
 from lldfast.run.config import GramConfig
+from lldfast.weights.bootstrap import standard_errors
 from lldfast.weights.constrained import fit_weights
-from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights, standard_errors
-from lldfast.weights.file import recompute, rule_fields, save_weights, step_gram
+from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights
+from lldfast.weights.file import rule_fields, save_weights, step_gram
+from lldfast.weights.recompute import recompute
 from lldfast.weights.rules import Rule, replay
 
 rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from lldfast.errors import CorruptError, InputError, TrainingError
 from lldfast.gram import stats
 from lldfast.gram.estimate import choose, split_groups
 from lldfast.gram.rows import Rows
-from lldfast.measure.loglik import score
+from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
 from lldfast.models.scoring import IGNORE, batches, token_logprobs

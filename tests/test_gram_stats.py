@@ -5,7 +5,8 @@ import pytest
 
 from lldfast.errors import InputError
 from lldfast.gram import stats as st
-from lldfast.weights.equations import adjusted_direction, softmax
+from lldfast.weights.equations import adjusted_direction
+from lldfast.weights.simplex import softmax
 
 
 def rows(rng, K, P, smallest):

@@ -12,7 +12,8 @@ import torch
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer, train_bpe
 from lldfast.errors import CorruptError, InputError
-from lldfast.measure.loglik import LoglikVector, delta, score, token_kl
+from lldfast.measure.loglik import LoglikVector, delta
+from lldfast.measure.score import score, token_kl
 from lldfast.models import scoring
 from lldfast.models.gpt import GPT, GPTConfig
 from lldfast.models.scorer import Scorer, load_scorer

@@ -19,7 +19,8 @@ from lldfast.measure.loglik import LoglikVector
 from lldfast.report.page import duration, headline, write_report
 from lldfast.report.reading import load_run
 from lldfast.report.style import number
-from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, effective_domains, lld_weights
+from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights
+from lldfast.weights.simplex import effective_domains
 
 PILE = [
     "ArXiv", "DM Mathematics", "Enron Emails", "FreeLaw", "Github", "HackerNews", "NIH ExPorter", "PhilPapers", "Pile-CC",

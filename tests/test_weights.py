@@ -8,22 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lldfast.errors import InputError
+from lldfast.weights.bootstrap import bootstrap_deltas, standard_errors
 from lldfast.weights.constrained import (
     fit_weights,
     trust_region_weights,
 )
-from lldfast.weights.equations import (
-    adjusted_direction,
-    adjusted_lld_weights,
-    aggregate_weights,
-    bootstrap_deltas,
-    effective_domains,
-    lld_weights,
-    simplex,
-    standard_errors,
-    with_floor,
-)
-from lldfast.weights.rules import Rule, StepGram, aggregation, elapsed_weights, replay, two_stage_weights
+from lldfast.weights.equations import adjusted_direction, adjusted_lld_weights, aggregate_weights, lld_weights
+from lldfast.weights.recipe import aggregation, elapsed_weights, two_stage_weights
+from lldfast.weights.rules import Rule, StepGram, replay
+from lldfast.weights.simplex import effective_domains, simplex, with_floor
 
 rng = np.random.default_rng(0)
 

@@ -7,17 +7,10 @@ import pytest
 
 from lldfast.errors import CorruptError, InputError
 from lldfast.weights.constrained import fit_weights
+from lldfast.weights.disclosure import disclosure
 from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights
-from lldfast.weights.file import (
-    disclosure,
-    load_weights,
-    read_weights_file,
-    recompute,
-    rule_fields,
-    rule_of,
-    save_weights,
-    trajectory_arrays,
-)
+from lldfast.weights.file import load_weights, read_weights_file, rule_fields, rule_of, save_weights, trajectory_arrays
+from lldfast.weights.recompute import recompute
 from lldfast.weights.rules import Rule, replay
 
 rng = np.random.default_rng(0)

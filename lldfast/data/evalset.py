@@ -88,6 +88,11 @@ class EvalSet:
                 digest.update(len(raw).to_bytes(8, "little") + raw)
         return digest.hexdigest()
 
+    @functools.cached_property
+    def text_hash(self) -> npt.NDArray[np.uint64]:
+        """XXH3-64 of each text [N], by which log-likelihood vectors of the same texts are told from others."""
+        return np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in self.texts], np.uint64)
+
     def counts(self) -> dict[str, int]:
         """Number of texts by domain."""
         return {name: int((self.domain == name).sum()) for name in self.domains}

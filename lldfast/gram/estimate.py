@@ -26,7 +26,8 @@ from lldfast.models.scorer import Scorer, Segment, load_scorer
 from lldfast.models.scoring import batches, evaluating, token_logprobs
 from lldfast.ops.sketch.fold import check_k
 from lldfast.ops.sketch.philox import check_seed
-from lldfast.weights.equations import align, check_tau
+from lldfast.weights.equations import check_tau
+from lldfast.weights.simplex import align
 
 MODES = ("auto", "exact", "sharded", "bf16", "int8", "int4", "fold")
 DEFAULT_BUDGET = 2 << 30  # bytes for the rows, or for their sketches

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from lldfast.data.evalset import EvalSet
 from lldfast.errors import InputError
 from lldfast.gram.result import GramEstimate
-from lldfast.measure.loglik import score
+from lldfast.measure.score import score
 from lldfast.models.scorer import Scorer
 from lldfast.models.scoring import batches, evaluating, token_logprobs
-from lldfast.weights.equations import Values, simplex
+from lldfast.weights.simplex import Values, simplex
 
 Array = NDArray[np.float64]
 

@@ -17,7 +17,8 @@ from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path
 from lldfast.gram import stats
 from lldfast.gram.accumulator import read_npz
-from lldfast.weights.equations import MAX_CONDITION, AdjustedDirection, adjusted_direction, adjusted_lld_weights, align
+from lldfast.weights.equations import MAX_CONDITION, AdjustedDirection, adjusted_direction, adjusted_lld_weights
+from lldfast.weights.simplex import align
 
 FORMAT = "lldfast-gram"
 Array = NDArray[np.float64]

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lldfast.errors import InputError
-from lldfast.weights.equations import AUTO_RIDGE, MAX_CONDITION, Array, adjusted_direction, check_tau, softmax
+from lldfast.weights.equations import AUTO_RIDGE, MAX_CONDITION, adjusted_direction, check_tau
+from lldfast.weights.simplex import Array, softmax
 
 Mask = NDArray[np.bool_]
 Ridge = float | Literal["auto"]

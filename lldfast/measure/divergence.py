@@ -8,16 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lldfast.errors import InputError
-from lldfast.weights.equations import Values, simplex
-
-if TYPE_CHECKING:
-    from lldfast.measure.loglik import LoglikVector
+from lldfast.measure.loglik import LoglikVector, check_same_texts
+from lldfast.weights.simplex import Values, simplex
 
 Array = NDArray[np.float64]
 
@@ -41,11 +39,8 @@ class KL:
     nats_per_text: float
 
 
-def _same_texts(a: LoglikVector, b: LoglikVector) -> None:
-    if len(a) != len(b):
-        raise InputError(f"the vectors cover different texts: {len(a)} and {len(b)}")
-    if not np.array_equal(a.n_bytes, b.n_bytes) or list(a.domain) != list(b.domain):
-        raise InputError("the vectors cover different texts: their domains or byte counts differ")
+def _comparable(a: LoglikVector, b: LoglikVector, names: tuple[str, str] = ("one", "the other")) -> None:
+    check_same_texts(a, b, names)
     if len(a) == 0:
         raise InputError("the vectors are empty")
 
@@ -59,7 +54,7 @@ def kl(a: LoglikVector, b: LoglikVector) -> KL:
     Raises:
         InputError: the vectors were not scored on the same texts.
     """
-    _same_texts(a, b)
+    _comparable(a, b)
     difference = np.asarray(a.logprob, dtype=np.float64) - np.asarray(b.logprob, dtype=np.float64)
     names = np.asarray(a.domain, dtype=object)
     mean = difference.mean()
@@ -85,10 +80,7 @@ def kl_matrix(vectors: Sequence[LoglikVector] | Mapping[str, LoglikVector]) -> A
     if not rows:
         raise InputError("kl_matrix: no vectors")
     for name, row in zip(names, rows, strict=True):
-        try:
-            _same_texts(rows[0], row)
-        except InputError as error:
-            raise InputError(f"{name} against {names[0]}: {error}") from None
+        _comparable(rows[0], row, (names[0], name))
     stack = np.stack([np.asarray(row.logprob, dtype=np.float64) for row in rows])  # [M, N]
     out = np.zeros((len(rows), len(rows)))
     for i in range(len(rows)):
@@ -99,7 +91,7 @@ def kl_matrix(vectors: Sequence[LoglikVector] | Mapping[str, LoglikVector]) -> A
 
 def nll_gap(target: LoglikVector, base: LoglikVector) -> float:
     """Mean log-likelihood of the target minus the base's, in bits per byte: the uniform shift that eq. (2) does not see."""
-    _same_texts(target, base)
+    _comparable(target, base)
     return float((np.sum(target.logprob) - np.sum(base.logprob)) / (np.sum(target.n_bytes) * math.log(2)))
 
 
@@ -119,7 +111,7 @@ def true_kl(
     Raises:
         InputError: the tokenizers differ (the message names both).
     """
-    from lldfast.measure.loglik import token_kl
+    from lldfast.measure.score import token_kl
 
     nats, evaluated = token_kl(target, base, evalset, batch_tokens=batch_tokens)
     n_bytes = np.asarray(evaluated.n_bytes, dtype=np.float64)

@@ -98,16 +98,6 @@ def double_centre(loglik: ArrayLike) -> NDArray[np.float64]:
     return rows - rows.mean(axis=0, keepdims=True)
 
 
-def squared_distances(centred: ArrayLike) -> NDArray[np.float64]:
-    """`|q_i - q_j|^2` between the rows of `Q` [M, N]: [M, M], zero on the diagonal. Divided by 2 N it is eq. (2)."""
-    values = np.asarray(centred, dtype=np.float64)
-    # Differences, not |a|^2 + |b|^2 - 2ab: neighbouring checkpoints are close, and the expansion would cancel.
-    result = np.zeros((len(values), len(values)))
-    for i, row in enumerate(values):
-        result[i] = np.square(values - row).sum(axis=1)
-    return result
-
-
 def model_map(
     vectors: Sequence[_HasLogprob | ArrayLike],
     names: Sequence[str],

@@ -1,1 +1,1 @@
-"""The report of a run: its table, its page."""
+"""What a run came to: its table (summary.py) and its page (page.py), both from what the run folder holds."""

@@ -13,7 +13,7 @@ from lldfast.errors import InputError
 from lldfast.files import atomic_path
 from lldfast.report import sections as parts
 from lldfast.report.html import Section, absent, key_values, page, table, text
-from lldfast.report.reading import Run, load_run
+from lldfast.report.reading import ReportedRun, load_run
 from lldfast.report.sections import View
 from lldfast.report.style import number
 
@@ -68,14 +68,14 @@ def write_report(run_dir: str | Path, out: str | Path | None = None, *, map_meth
     parts.add_stability(inside, view)
     parts.add_gram(inside, view)
     content = [summary_section(run), distance, weights, inside, disclosure_section(run), provenance_section(run)]
-    path = Path(out) if out is not None else run.path / "report.html"
+    path = Path(out) if out is not None else run.folder.report
     html = page(f"{_name(run)}: lldfast report", _header(run), content)
     with atomic_path(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return path
 
 
-def headline(run: Run) -> str:
+def headline(run: ReportedRun) -> str:
     """The answer in one sentence of plain text: best method by eq. (2), before and after, against uniform weights.
 
     Training on the ground truth's weights is a reference and never the answer.
@@ -108,7 +108,7 @@ def headline(run: Run) -> str:
     )
 
 
-def summary_section(run: Run) -> Section:
+def summary_section(run: ReportedRun) -> Section:
     """Warnings and the table of all measures."""
     section = Section("summary", "Summary")
     if run.warnings:
@@ -148,7 +148,7 @@ def summary_section(run: Run) -> Section:
     return section
 
 
-def disclosure_section(run: Run) -> Section:
+def disclosure_section(run: ReportedRun) -> Section:
     """Whether a target model shaped the weights, and under which licence: what must be said with a recipe that is passed on."""
     section = Section("disclosure", "Disclosure")
     target: Mapping[str, Any] = run.experiment.get("target") or {}
@@ -171,7 +171,7 @@ def disclosure_section(run: Run) -> Section:
     return section
 
 
-def provenance_section(run: Run) -> Section:
+def provenance_section(run: ReportedRun) -> Section:
     """Settings, and everything needed to make the run again."""
     section = Section("provenance", "Settings and provenance")
     elsewhere = ("ground_truth", "disclosure", "domains", "format")
@@ -198,7 +198,7 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _header(run: Run) -> str:
+def _header(run: ReportedRun) -> str:
     experiment = run.experiment
     facts = {
         "base": _identity_name(experiment.get("base")),
@@ -215,7 +215,7 @@ def _header(run: Run) -> str:
     return f'<h1>{text(_name(run))}</h1><p class="answer">{text(headline(run))}</p>{asides}<ul class="facts">{items}</ul>'
 
 
-def _second_thoughts(run: Run) -> list[str]:
+def _second_thoughts(run: ReportedRun) -> list[str]:
     """What qualifies the headline: another order by true KL, the reference run, a single seed."""
     oracles = {method.name for method in run.methods if run.is_oracle(method)}
     rows = [row for row in run.rows if row["method"] not in oracles]
@@ -241,7 +241,7 @@ def _best(rows: list[dict[str, Any]], key: str, order: str) -> set[str]:
     return {name for name, value in values.items() if value == min(values.values())}
 
 
-def _start(run: Run, name: str) -> float | None:
+def _start(run: ReportedRun, name: str) -> float | None:
     """KL before training: of the base row, else of the method's own step 0."""
     if run.base_row and run.base_row.get("kl") is not None:
         return float(run.base_row["kl"])
@@ -256,10 +256,10 @@ def _identity_name(identity: Any) -> str:
     return str(identity or "")
 
 
-def _name(run: Run) -> str:
-    return str(run.experiment.get("name") or run.path.resolve().name)
+def _name(run: ReportedRun) -> str:
+    return str(run.experiment.get("name") or run.folder.path.resolve().name)
 
 
-def _steps(run: Run) -> str:
+def _steps(run: ReportedRun) -> str:
     steps = run.experiment.get("steps")
     return f"{steps:,} steps" if isinstance(steps, int) else "this run"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
@@ -13,27 +13,27 @@ from numpy.typing import NDArray
 
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import read_json
+from lldfast.measure.loglik import LoglikVector
+from lldfast.run.folder import MethodFolder, RunFolder
 from lldfast.run.log import read_jsonl
-from lldfast.weights.equations import effective_domains
-
-if TYPE_CHECKING:
-    from lldfast.measure.loglik import LoglikVector
+from lldfast.weights.file import Estimate, Stage, WeightsFile
+from lldfast.weights.simplex import effective_domains
 
 
 @dataclass
-class Method:
+class ReportedMethod:
     """One training run of the comparison. `weights` is None when its weights file is absent."""
 
     name: str
-    folder: Path
+    folder: MethodFolder
     domains: list[str]
     metrics: list[dict[str, Any]] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     weights: dict[str, float] | None = None
     weights_se: dict[str, float] | None = None
     rule: str = ""
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    trajectory: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    trajectory: list[Estimate] = field(default_factory=list)
     gram_domains: list[str] = field(default_factory=list)
     objective: str = "ce"
 
@@ -59,7 +59,7 @@ class Method:
     @property
     def steps(self) -> list[int]:
         """Steps at which weights were estimated."""
-        return [int(point["step"]) for point in self.trajectory]
+        return [estimate.step for estimate in self.trajectory]
 
     def series(self, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps and values of one measured quantity of metrics.jsonl; steps without it are left out."""
@@ -69,32 +69,32 @@ class Method:
 
     def trajectory_of(self, key: str) -> NDArray[np.float64] | None:
         """`delta`, `delta_se` or `weights` over the estimates, [S, K] in the order of `domains`; None if any step lacks it."""
-        if not self.trajectory or any(not point.get(key) for point in self.trajectory):
+        found = [getattr(estimate, key) for estimate in self.trajectory]
+        if not found or any(not values for values in found):
             return None
-        return np.array([[point[key][domain] for domain in self.domains] for point in self.trajectory], dtype=np.float64)
+        return np.array([[values[domain] for domain in self.domains] for values in found], dtype=np.float64)
 
     def grams(self) -> list[tuple[int, NDArray[np.float64]]]:
         """Step and Gram matrix [K, K] (order of `gram_domains`) of every estimate that stored one."""
-        kept = [point for point in self.trajectory if point.get("gram") is not None]
-        return [(int(point["step"]), np.array(point["gram"], dtype=np.float64)) for point in kept]
+        return [(e.step, np.array(e.gram, dtype=np.float64)) for e in self.trajectory if e.gram is not None]
 
 
 @dataclass
-class Run:
+class ReportedRun:
     """A run folder. `notes` says, one line each, what is absent or incomplete."""
 
-    path: Path
+    folder: RunFolder
     experiment: dict[str, Any]
     domains: list[str]
     truth: dict[str, float] | None
-    methods: list[Method]
+    methods: list[ReportedMethod]
     rows: list[dict[str, Any]]
     base_row: dict[str, Any] | None
     warnings: list[str]
     config: str | None
     notes: list[str]
 
-    def is_oracle(self, method: Method) -> bool:
+    def is_oracle(self, method: ReportedMethod) -> bool:
         """Trained on the target's own (ground-truth) weights: a reference, not a result of the method."""
         if method.name == "ground-truth":
             return True
@@ -111,95 +111,74 @@ class Run:
 
     def target_vector(self) -> LoglikVector | None:
         """The target's log-likelihoods on the texts that measure (part "measure"), or None when the file is absent."""
-        path = self.path / "target.parquet"
-        if not path.exists():
+        if not self.folder.target.exists():
             return None
-        from lldfast.measure.loglik import LoglikVector
-
-        vector = LoglikVector.load(path)
+        vector = LoglikVector.load(self.folder.target)
         return vector.select("measure") if "measure" in set(vector.part) else vector
 
-    def checkpoint_vectors(self, method: Method) -> list[tuple[int, LoglikVector]]:
+    def checkpoint_vectors(self, method: ReportedMethod) -> list[tuple[int, LoglikVector]]:
         """Step and log-likelihoods of every measured step whose file is there."""
-        from lldfast.measure.loglik import LoglikVector
-
         found = []
         for row in method.metrics:
-            path = method.folder / str(row.get("loglik") or "")
+            path = method.folder.path / str(row.get("loglik") or "")
             if row.get("loglik") and path.exists():
                 found.append((int(row["step"]), LoglikVector.load(path)))
         return found
 
 
-def load_run(run_dir: str | Path) -> Run:
+def load_run(run_dir: str | Path) -> ReportedRun:
     """Read a run folder.
 
     Raises:
         InputError: `run_dir` is not a run folder (it has no experiment.json).
         CorruptError: a file is there but is not what its name says; the message names it.
     """
-    path = Path(run_dir)
-    if not (path / "experiment.json").exists():
-        raise InputError(f"{path} is not a run folder: it has no experiment.json")
-    experiment = read_json(path / "experiment.json")
+    folder = RunFolder(run_dir)
+    if not folder.experiment.exists():
+        raise InputError(f"{folder} is not a run folder: it has no experiment.json")
+    experiment = read_json(folder.experiment)
     if not isinstance(experiment, dict) or experiment.get("format") != "lldfast-run":
-        raise CorruptError(f"{path / 'experiment.json'} is not the description of an lldfast run")
+        raise CorruptError(f"{folder.experiment} is not the description of an lldfast run")
     domains = [str(name) for name in experiment.get("domains") or []]
     if not domains:
-        raise CorruptError(f"{path / 'experiment.json'} names no domain")
+        raise CorruptError(f"{folder.experiment} names no domain")
     notes: list[str] = []
     truth = experiment.get("ground_truth") or None
     if truth is not None:
-        _check_names(truth, domains, path / "experiment.json", "ground_truth")
+        truth = _in_order(truth, domains, folder.experiment, "ground_truth")
     names = [str(name) for name in experiment.get("methods") or []]
     has_target = bool(experiment.get("target"))
-    methods = [_load_method(path / "methods" / name, name, domains, has_target, notes) for name in names]
-    rows, base_row, warnings = _load_summary(path, methods, notes)
-    config = (path / "config.yaml").read_text(encoding="utf-8") if (path / "config.yaml").exists() else None
-    return Run(path, experiment, domains, truth, methods, rows, base_row, warnings, config, notes)
+    methods = [_load_method(folder.method(name), domains, has_target, notes) for name in names]
+    rows, base_row, warnings = _load_summary(folder, methods, notes)
+    config = folder.config.read_text(encoding="utf-8") if folder.config.exists() else None
+    return ReportedRun(folder, experiment, domains, truth, methods, rows, base_row, warnings, config, notes)
 
 
-def _load_method(folder: Path, name: str, domains: list[str], has_target: bool, notes: list[str]) -> Method:
-    method = Method(name, folder, domains)
-    method.metrics = sorted(_read_lines(folder / "metrics.jsonl"), key=lambda row: int(row["step"]))
-    method.log = _read_lines(folder / "log.jsonl")
+def _load_method(folder: MethodFolder, domains: list[str], has_target: bool, notes: list[str]) -> ReportedMethod:
+    name = folder.name
+    method = ReportedMethod(name, folder, domains)
+    method.metrics = sorted(_read_lines(folder.metrics), key=lambda row: int(row["step"]))
+    method.log = _read_lines(folder.log)
     if not method.metrics and has_target:
         notes.append(f"{name}: no measured step (methods/{name}/metrics.jsonl is absent or empty)")
-    path = folder / "weights.json"
-    if not path.exists():
+    if not folder.weights.exists():
         notes.append(f"{name}: no weights file (methods/{name}/weights.json is absent)")
         return method
-    file = read_json(path)
-    if not isinstance(file, dict) or file.get("format") != "lldfast-weights":
-        raise CorruptError(f"{path} is not an lldfast weights file")
-    method.weights = _check_names(file.get("weights"), domains, path, "weights")
-    if file.get("weights_se"):
-        method.weights_se = _check_names(file["weights_se"], domains, path, "weights_se")
-    method.rule = str(file.get("rule") or "")
-    method.objective = str(file.get("objective") or "ce")
-    for stage in file.get("stages") or []:
-        mixture = _check_names(stage.get("weights"), domains, path, f"the stage from step {stage.get('from_step')}")
-        method.stages.append({"from_step": int(stage["from_step"]), "weights": mixture})
-    method.trajectory = sorted(file.get("trajectory") or [], key=lambda point: int(point["step"]))
-    method.gram_domains = [str(domain) for domain in file.get("domains") or domains]
-    for point in method.trajectory:
-        for key in ("delta", "delta_se", "weights"):
-            if point.get(key):
-                _check_names(point[key], domains, path, f"{key} at step {point['step']}")
-        size = len(method.gram_domains)
-        if point.get("gram") is not None and np.shape(point["gram"]) != (size, size):
-            raise CorruptError(f"{path}: the Gram matrix at step {point['step']} is not {size} by {size}")
+    file = WeightsFile.load(folder.weights)
+    method.weights = _in_order(file.weights, domains, folder.weights, "weights")
+    method.weights_se, method.rule, method.objective = file.weights_se, file.rule or "", file.objective or "ce"
+    method.stages, method.trajectory, method.gram_domains = file.stages, file.trajectory, file.domains
     return method
 
 
 def _load_summary(
-    path: Path, methods: list[Method], notes: list[str]
+    folder: RunFolder, methods: list[ReportedMethod], notes: list[str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None, list[str]]:
     """Rows, base row and warnings of summary.json; without that file, rows from the last measured step of each method."""
-    if (path / "summary.json").exists():
-        summary = read_json(path / "summary.json")
+    if folder.summary.exists():
+        summary = read_json(folder.summary)
         if not isinstance(summary, dict) or not isinstance(summary.get("rows"), list):
-            raise CorruptError(f"{path / 'summary.json'} has no rows")
+            raise CorruptError(f"{folder.summary} has no rows")
         rows = summary["rows"]
         done = {row["method"] for row in rows}
         notes += [f"{method.name} is not in the table: it has not finished" for method in methods if method.name not in done]
@@ -223,8 +202,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_names(values: Any, domains: list[str], path: Path, what: str) -> dict[str, float]:
-    """The mapping itself, after checking that it names exactly the run's domains."""
+def _in_order(values: Any, domains: list[str], path: Path, what: str) -> dict[str, float]:
+    """The mapping in the order of the run's domains, after checking that it names exactly those."""
     if not isinstance(values, Mapping):
         raise CorruptError(f"{path}: {what} is not a mapping of domains")
     for name in domains:

@@ -13,7 +13,7 @@ from lldfast.measure.divergence import jsd_matrix
 from lldfast.measure.modelmap import model_map
 from lldfast.report import figures as figures
 from lldfast.report.html import Section, absent, card, switch_card, table, text
-from lldfast.report.reading import Method, Run
+from lldfast.report.reading import ReportedMethod, ReportedRun
 from lldfast.report.style import Mark, method_marks, number, plain, short_labels
 from lldfast.weights.equations import aggregate_weights
 
@@ -61,12 +61,12 @@ class Mixture:
 class View:
     """What the sections share: the run, each method's mark, the domains worth a panel (largest weights first)."""
 
-    run: Run
+    run: ReportedRun
     marks: dict[str, Mark]
     shown: list[str]
 
     @classmethod
-    def of(cls, run: Run) -> View:
+    def of(cls, run: ReportedRun) -> View:
         names = [method.name for method in run.methods]
         uniform = [method.name for method in run.methods if method.uniform]
         oracle = [method.name for method in run.methods if run.is_oracle(method)]
@@ -93,9 +93,9 @@ class View:
         found = {method.name: method.series(key) for method in self.run.methods}
         return {name: points for name, points in found.items() if len(points[0])}
 
-    def estimated(self) -> tuple[list[tuple[Method, Floats]], list[str]]:
+    def estimated(self) -> tuple[list[tuple[ReportedMethod, Floats]], list[str]]:
         """Methods with estimates of their own and their weights [S, K]; a line for each that repeats an earlier one's."""
-        kept: list[tuple[Method, Floats]] = []
+        kept: list[tuple[ReportedMethod, Floats]] = []
         lines = []
         for method in self.run.methods:
             weights = method.trajectory_of("weights")
@@ -112,8 +112,8 @@ class View:
         """Every mixture of the run once, uniform and reference runs included; a two-stage method has two."""
         found: list[Mixture] = []
         for method in self.run.methods:
-            stages = [(f"{method.name} (from step {stage['from_step']})", stage["weights"]) for stage in method.stages]
-            for label, weights in stages or [(method.name, method.weights)]:
+            stages = [(f"{method.name} (from step {stage.from_step})", stage.weights) for stage in method.stages]
+            for label, weights in stages or ([(method.name, method.weights)] if method.weights else []):
                 twin = next((m for m in found if weights and _same(m.weights, weights)), None)
                 if twin is not None:
                     twin.label += f", {label}"
@@ -302,7 +302,7 @@ def add_gram(section: Section, view: View) -> None:
     stored = False
     for place, method in enumerate(view.run.methods):
         grams = method.grams()
-        infos = {int(point["step"]): point.get("gram_info") or {} for point in method.trajectory}
+        infos = {estimate.step: estimate.gram_info or {} for estimate in method.trajectory}
         ticks = [f"{name} {i + 1}" for i, name in enumerate(short_labels(method.gram_domains).values())]
         for step, gram in [grams[0], grams[-1]] if len(grams) > 1 else grams:
             condition = float(np.linalg.cond(gram))

@@ -10,9 +10,10 @@ from typing import Any
 from lldfast.errors import CorruptError
 from lldfast.files import read_json, write_json
 from lldfast.measure.divergence import finite, weight_kl
+from lldfast.run.folder import RunFolder
 from lldfast.run.log import read_jsonl
-from lldfast.weights.equations import effective_domains
-from lldfast.weights.file import read_weights_file
+from lldfast.weights.file import WeightsFile
+from lldfast.weights.simplex import effective_domains
 
 COLUMNS = [
     ("method", "method", "{}"),
@@ -28,45 +29,45 @@ COLUMNS = [
 ]
 
 
-def summarise(run: str | Path) -> dict[str, Any]:
+def summarise(path: str | Path) -> dict[str, Any]:
     """Collect the finished methods of a run folder into rows, write summary.json, and return it.
 
     Raises:
-        InputError: `run` is not a run folder.
+        InputError: `path` is not a run folder.
         CorruptError: a file in it is damaged; it is named.
     """
-    run = Path(run)
-    experiment = read_json(run / "experiment.json")
+    run = RunFolder(path)
+    experiment = read_json(run.experiment)
     if not isinstance(experiment, dict) or not isinstance(experiment.get("methods"), list) or "ground_truth" not in experiment:
-        raise CorruptError(f"{run / 'experiment.json'} is not what a run writes: methods or ground_truth is missing")
+        raise CorruptError(f"{run.experiment} is not what a run writes: methods or ground_truth is missing")
     rows, base_row, unstable = [], None, []
     for name in experiment["methods"]:
-        folder = run / "methods" / name
-        if not (folder / "result.json").exists():
+        folder = run.method(name)
+        if not folder.finished:
             continue
-        result, weights = read_json(folder / "result.json"), read_weights_file(folder / "weights.json")
+        result, weights = read_json(folder.result), WeightsFile.load(folder.weights).weights
         if not isinstance(result, dict) or "seconds" not in result:
-            raise CorruptError(f"{folder / 'result.json'} is not what a run writes: seconds is missing")
-        log = read_jsonl(folder / "log.jsonl")
+            raise CorruptError(f"{folder.result} is not what a run writes: seconds is missing")
+        log = read_jsonl(folder.log)
         truth = experiment["ground_truth"]
         row = {
             "method": name,
             **{key: result.get(key) for key in ("kl", "kl_se", "kl_between", "kl_within", "true_kl", "nll_gap")},
             # of the fixed recipe, which is what a user takes away (a pass 1 used moving weights)
-            "weight_kl": None if truth is None else finite(weight_kl(weights["weights"], truth)),
-            "effective_domains": effective_domains(weights["weights"]),
+            "weight_kl": None if truth is None else finite(weight_kl(weights, truth)),
+            "effective_domains": effective_domains(weights),
             "final_loss": log[-1]["loss"] if log else None,
             "max_grad_norm": max((record["grad_norm"] for record in log), default=None),
             "wall_s": result["seconds"],
         }
         rows.append(row)
         unstable += instability(name, log)
-        first = next(iter(read_jsonl(folder / "metrics.jsonl")), None)
+        first = next(iter(read_jsonl(folder.metrics)), None)
         if base_row is None and first is not None and first["step"] == 0:
             base_row = {**dict.fromkeys(row), **first, "method": "base (step 0)", "weight_kl": None}
             base_row.pop("loglik", None)
     summary = {"rows": rows, "base_row": base_row, "warnings": disagreements(rows) + unstable}
-    write_json(run / "summary.json", summary)
+    write_json(run.summary, summary)
     return summary
 
 

@@ -9,17 +9,17 @@ import dataclasses
 import json
 import math
 from argparse import ArgumentError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from lldfast.errors import InputError
-from lldfast.run.methods import DistillConfig, parse_method
+from lldfast.errors import InputError, deprecated
+from lldfast.run.methods import DistillConfig, Method, parse_method
 from lldfast.schedule import estimation_steps
-from lldfast.weights.rules import Rule
+from lldfast.weights.rules import Rule, RuleOptions
 
 DEFAULT_RECIPE = "demo"
 
@@ -89,34 +89,26 @@ class TargetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-@dataclass
-class LLDConfig:
-    """From Delta to weights; see lldfast.weights.rules.Rule.
+@dataclass(frozen=True, kw_only=True)
+class LLDConfig(RuleOptions):
+    """From Delta to weights: the options of the rules, and when and on what they work.
 
     Attributes:
-        tau: temperature, nats per token (a multiple of std(Delta) for the "spread" rules); `.inf` gives the prior.
         prior: "uniform", "proportional" (tokens per domain) or a weights file.
-        normalize: what a domain's log-likelihood is divided by, eq. (3).
+        per: what a domain's log-likelihood is divided by, eq. (3): the base model's tokens, bytes or texts.
         every, dense_until: the step set S; unset is the paper's from 10,000 steps on, and its shape for shorter runs.
         aggregate: mean over steps for the aggregated methods; "adjusted-fit", whose weights have zeros, is averaged
             arithmetically by either.
-        radius: of "adjusted-trust": KL of its weights from the prior, nats.
-        fit_step: of "adjusted-fit": step in the unit of Delta / G, or "auto" to fit it with the weights.
         step_weights: "equal" (eq. (8)) or "elapsed" (time in force); unset: elapsed for mirror and two stages, else equal.
+        split: where the second stage of a two-stage recipe begins, as a share of the run.
         bootstrap: replicates over texts for standard errors; 0 turns them off.
         weights: weights file of the method "fixed".
         pass1: weights file of an existing pass 1 for the aggregated and two-stage methods.
         min_texts: warn when a domain has fewer evaluation texts to estimate on.
     """
 
-    tau: float = 1.0
-    tau_end: float | None = None
-    step_size: float = 4.0
     prior: str = "uniform"
-    floor: float = 0.0
-    normalise: Literal["spread", "trace", "corr", "none"] = "spread"
-    ridge: float | Literal["auto"] = "auto"
-    normalize: Literal["base_tokens", "bytes", "texts"] = "base_tokens"
+    per: Literal["base_tokens", "bytes", "texts"] = "base_tokens"
     every: int | None = None
     dense_until: int | None = None
     aggregate: Literal["geometric", "arithmetic"] = "geometric"
@@ -126,8 +118,6 @@ class LLDConfig:
     weights: str | None = None
     pass1: str | None = None
     min_texts: int = 10
-    radius: float = 0.1
-    fit_step: float | Literal["auto"] = "auto"
 
     def rule(self, name: str, prior: tuple[float, ...] | None = None) -> Rule:
         """The named rule with these options; `prior` in the order of the domains.
@@ -135,18 +125,7 @@ class LLDConfig:
         Raises:
             InputError: naming the option that makes no sense.
         """
-        return Rule(
-            name,
-            tau=self.tau,
-            tau_end=self.tau_end,
-            step_size=self.step_size,
-            floor=self.floor,
-            normalise=self.normalise,
-            ridge=self.ridge,
-            prior=prior,
-            radius=self.radius,
-            fit_step=self.fit_step,
-        )
+        return Rule(name, prior=prior, **{option.name: getattr(self, option.name) for option in fields(RuleOptions)})
 
 
 @dataclass
@@ -321,7 +300,7 @@ class Config:
             raise InputError("methods is empty: nothing to train")
         if len(set(self.methods)) != len(self.methods):
             raise InputError(f"methods repeats a name: {self.methods}")
-        parsed = [parse_method(name) for name in self.methods]
+        parsed = self.parsed_methods()
         self.distill.check(parsed)
         has_target = bool(self.target.model or self.target.mixture)
         for spec in parsed:
@@ -337,13 +316,45 @@ class Config:
             if spec.mixture == "fixed" and lld.weights is None:
                 raise InputError(f"method {spec.name!r} needs lld.weights, a weights file")
 
+    def parsed_methods(self) -> list[Method]:
+        """`methods` with what their names mean.
+
+        Raises:
+            InputError: an unknown name.
+        """
+        return [parse_method(name) for name in self.methods]
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
+# Keys of the configuration that have another name now: they go on working, with a DeprecationWarning.
+RENAMED_KEYS = {"lld.normalise": "lld.gram_scale", "lld.normalize": "lld.per"}
+
+
+def present_names(stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A configuration read from a file with former keys under their present names, and the former keys that it had.
+
+    Raises:
+        InputError: a key is there under both names.
+    """
+    found = []
+    for old, new in RENAMED_KEYS.items():
+        section, key = old.split(".")
+        values = stored.get(section)
+        if not isinstance(values, dict) or key not in values:
+            continue
+        present = new.split(".")[1]
+        if present in values:
+            raise InputError(f"{old} is the former name of {new}: give only {new}")
+        stored = {**stored, section: {present if name == key else name: value for name, value in values.items()}}
+        found.append(old)
+    return stored, found
+
+
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that an earlier version wrote, with the defaults of those it did not have: what the run used."""
-    return _over(dataclasses.asdict(Config()), stored)
+    return _over(dataclasses.asdict(Config()), present_names(stored)[0])
 
 
 def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -372,6 +383,62 @@ def recipe_path(name: str) -> Path:
     return path
 
 
+def _arguments(argv: list[str]) -> list[str]:
+    """The command line as the parser takes it: the recipe in front, people's spellings in YAML's, former keys renamed."""
+    args: list[str] = []
+    recipe: str | None = None
+    has_config = False
+    rest = iter(argv)
+    for arg in rest:
+        key, equals, value = arg.partition("=")
+        if not arg or (key.startswith("--") and equals and not value):
+            # "--data.path=$UNSET" would otherwise mean null, and train on something else
+            raise InputError(f"{key or (args[-1] if args else 'an option')} needs a value (null unsets an option)")
+        if key.removeprefix("--") in RENAMED_KEYS:
+            deprecated(key, f"--{RENAMED_KEYS[key.removeprefix('--')]}", stacklevel=4)
+            key = f"--{RENAMED_KEYS[key.removeprefix('--')]}"
+            arg = key + equals + value
+        if key in ("--recipe", "--method", "--methods", "--config"):
+            value = value or next(rest, "")
+            if not value or value.startswith("--"):
+                raise InputError(f"{key} needs a value")
+            if key == "--recipe":
+                recipe = value
+            elif key == "--config":
+                has_config = True
+                args.append(_config_argument(value))
+            else:
+                names = value.strip("[] ").split(",")
+                args.append("--methods=[" + ", ".join(name.strip().strip("'\"") for name in names) + "]")
+        elif key in ("--data.source", "--lld.tau", "--lld.tau_end", "--distill.alpha"):
+            value = value or next(rest, "")
+            if key == "--data.source" and not value.startswith("["):
+                value = json.dumps([value])  # a single file needs no brackets
+            # YAML spells infinity with a dot, people do not
+            args.append(f"{key}={'.inf' if value == 'inf' else '-.inf' if value == '-inf' else value}")
+        else:
+            args.append(arg)
+    if recipe is None and not has_config:
+        recipe = DEFAULT_RECIPE
+    if recipe is not None:
+        args = [_config_argument(str(recipe_path(recipe))), f"--recipe={recipe}", *args]
+    return args
+
+
+def _config_argument(path: str) -> str:
+    """`--config=FILE`; the content itself under present names, which the parser takes too, where FILE has former keys."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return f"--config={path}"  # the parser says what is wrong with it
+    if not isinstance(content, dict):
+        return f"--config={path}"
+    renamed, found = present_names(content)
+    for old in found:
+        deprecated(f"{path}: {old}", RENAMED_KEYS[old], stacklevel=5)
+    return f"--config={yaml.safe_dump(renamed)}" if found else f"--config={path}"
+
+
 def parse_config(argv: list[str], prog: str = "lldfast train") -> Config:
     """Defaults < `--recipe NAME` (demo unless --config is given) < `--config FILE` < `--section.key value`.
 
@@ -380,36 +447,7 @@ def parse_config(argv: list[str], prog: str = "lldfast train") -> Config:
     """
     from jsonargparse import ArgumentParser, Namespace
 
-    args: list[str] = []
-    recipe: str | None = None
-    rest = iter(argv)
-    for arg in rest:
-        key, equals, value = arg.partition("=")
-        if not arg or (key.startswith("--") and equals and not value):
-            # "--data.path=$UNSET" would otherwise mean null, and train on something else
-            raise InputError(f"{key or (args[-1] if args else 'an option')} needs a value (null unsets an option)")
-        if key in ("--recipe", "--method", "--methods"):
-            value = value or next(rest, "")
-            if not value or value.startswith("--"):
-                raise InputError(f"{key} needs a value")
-            if key == "--recipe":
-                recipe = value
-            else:
-                names = value.strip("[] ").split(",")
-                args.append("--methods=[" + ", ".join(name.strip().strip("'\"") for name in names) + "]")
-        elif key in ("--data.source", "--lld.tau", "--lld.tau_end", "--distill.alpha"):
-            value = value or next(rest, "")
-            if key == "--data.source" and not value.startswith("["):
-                value = json.dumps([value])  # a single file needs no brackets
-            args.append(
-                f"{key}={'.inf' if value == 'inf' else '-.inf' if value == '-inf' else value}"
-            )  # YAML spells it with a dot, people do not
-        else:
-            args.append(arg)
-    if recipe is None and not any(arg.split("=")[0] == "--config" for arg in args):
-        recipe = DEFAULT_RECIPE
-    if recipe is not None:
-        args = [f"--config={recipe_path(recipe)}", f"--recipe={recipe}", *args]
+    args = _arguments(argv)
     about = "Train with a designed domain mixture: Algorithm 1, pass 2 and the baselines."
     parser = ArgumentParser(prog=prog, description=about, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file, over the recipe")

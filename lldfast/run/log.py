@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lldfast.errors import CorruptError, MissingDependencyError
 from lldfast.files import atomic_path, explain_write_errors
+from lldfast.run.folder import MethodFolder
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -60,9 +61,8 @@ class RunLog:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: MethodFolder,
         *,
-        name: str,
         total: int,
         start: int = 0,
         progress: bool = True,
@@ -75,12 +75,11 @@ class RunLog:
         Raises:
             MissingDependencyError: TensorBoard or W&B was asked for and is not installed.
         """
-        self.name, self.total = name, total
-        self.jsonl = JsonlLog(Path(folder) / "log.jsonl", keep=lambda record: record["step"] < start)
+        self.name, self.total = folder.name, total
+        self.jsonl = JsonlLog(folder.log, keep=lambda record: record["step"] < start)
         # a bar only where someone watches; a log file gets plain lines instead
-        self.bar = (
-            tqdm(total=total, initial=start, desc=name, unit="step", leave=True) if progress and sys.stderr.isatty() else None
-        )
+        watched = progress and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, desc=self.name, unit="step", leave=True) if watched else None
         self._writer: Any = None
         self._wandb: Any = None
         if tensorboard:
@@ -88,13 +87,13 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise MissingDependencyError("TensorBoard logging needs: pip install 'lldfast[log]'") from error
-            self._writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start)
+            self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=start)
         if wandb:
             try:
                 import wandb as wb
             except ImportError as error:
                 raise MissingDependencyError("W&B logging needs: pip install 'lldfast[log]'") from error
-            self._wandb = wb.init(project=wandb, name=name, config=config, dir=str(folder), resume="allow")
+            self._wandb = wb.init(project=wandb, name=self.name, config=config, dir=str(folder.path), resume="allow")
         self._last_line = time.monotonic()
 
     def step(self, record: dict[str, Any], *, line: bool) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lldfast.errors import InputError, MissingDependencyError
@@ -67,3 +70,41 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         raise InputError(f"train.dtype bfloat16: this {device.type} has no bf16 instructions; use float32")
     # on a CPU bf16 pays only for wide layers (none of the small presets gained from it), so auto leaves it to the user
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and has_bf16 and device.type == "cuda") else torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run computes, and the dtype of its layers (autocast; parameters are fp32)."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def pick(cls, device: str, dtype: str) -> Place:
+        """What "auto" or a name means here; see `pick_device` and `pick_dtype`."""
+        chosen = pick_device(device)
+        return cls(chosen, pick_dtype(dtype, chosen))
+
+    def __str__(self) -> str:
+        return f"{self.device}, {self.dtype}".replace("torch.", "")
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def rng_state(self) -> dict[str, np.ndarray]:
+        """The states of torch's generators that training draws from, for a checkpoint."""
+        states = {"torch_rng": torch.get_rng_state().numpy()}
+        if self.device.type == "cuda":  # dropout draws there
+            states["cuda_rng"] = torch.cuda.get_rng_state(self.device).numpy()
+        return states
+
+    def set_rng_state(self, states: dict[str, np.ndarray]) -> None:
+        torch.set_rng_state(torch.from_numpy(states["torch_rng"]))
+        if self.device.type == "cuda" and "cuda_rng" in states:
+            torch.cuda.set_rng_state(torch.from_numpy(states["cuda_rng"]), self.device)

@@ -13,21 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lldfast.errors import InputError
-from lldfast.weights.equations import (
-    Array,
-    V,
-    Values,
-    adjusted_direction,
-    align,
-    like,
-    log_prior,
-    named_problem,
-    regularised,
-    simplex,
-    softmax,
-    with_floor,
-)
+from lldfast.errors import InputError, renamed_arguments
+from lldfast.weights.equations import V, adjusted_direction, named_problem, regularised
+from lldfast.weights.simplex import Array, Values, align, like, log_prior, simplex, softmax, with_floor
 
 if TYPE_CHECKING:
     from lldfast.gram import GramEstimate
@@ -77,13 +65,14 @@ def trust_region_tau(v: Array, radius: float, prior: Array | None = None) -> flo
     return float(spread / np.exp((low + high) / 2))
 
 
+@renamed_arguments(normalise="gram_scale")
 def trust_region_weights(
     gram: ArrayLike | GramEstimate,
     delta: V,
     *,
     radius: float,
     prior: Values | None = None,
-    normalise: str = "none",
+    gram_scale: str = "none",
     ridge: float | Literal["auto"] = "auto",
     floor: float = 0.0,
     domains: Sequence[str] | None = None,
@@ -95,7 +84,7 @@ def trust_region_weights(
     Args:
         gram, ridge: as `adjusted_lld_weights`.
         radius: nats, > 0; what is past the farthest weights gives those, see `trust_region_tau`.
-        normalise: as `adjusted_direction`; of its choices only "corr" changes the answer, the others being scales of one v.
+        gram_scale: as `adjusted_direction`; of its choices only "corr" changes the answer, the others being scales of one v.
 
     Returns:
         Weights on the simplex [K], in the form of `delta`; the prior where G^-1 Delta is the same for all domains. The radius
@@ -106,7 +95,7 @@ def trust_region_weights(
     """
     check_radius(radius)
     names, g, d, ridge = named_problem(gram, delta, ridge, domains)
-    contrast = adjusted_direction(g, d, normalise=normalise, ridge=ridge).contrast
+    contrast = adjusted_direction(g, d, gram_scale=gram_scale, ridge=ridge).contrast
     log_w0 = log_prior(prior, names)
     w = softmax(log_w0 + contrast / trust_region_tau(contrast, radius, softmax(log_w0)))
     return like(delta, names, with_floor(w, floor))

@@ -9,112 +9,25 @@ by NAME: two mappings with different keys are an error, never a silent reorderin
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lldfast.errors import InputError
+from lldfast.errors import InputError, renamed_arguments
+from lldfast.weights.simplex import Array, Values, align, like, log, log_prior, names_of, numbers, simplex, softmax, with_floor
 
 if TYPE_CHECKING:
     from lldfast.gram import GramEstimate
 
-Array = NDArray[np.float64]
-Values = Mapping[str, float] | ArrayLike
 V = TypeVar("V", bound=Values)
 
 # ridge="auto": a G that is worse conditioned than this, or indefinite, is dominated by the noise of few texts.
 MAX_CONDITION = 1e8
 AUTO_RIDGE = 0.01  # of tr G / K
-NORMALISE = ("spread", "trace", "corr", "none")
-
-
-def align(values: Values, domains: Sequence[str], what: str = "values") -> Array:
-    """Values in the order of `domains`, as float64 [K].
-
-    Raises:
-        InputError: a domain is missing, unknown or repeated, the length differs, or a value is NaN.
-    """
-    if not len(domains):
-        raise InputError(f"{what}: there are no domains")
-    if len(set(domains)) != len(domains):
-        raise InputError(f"domains repeat a name: {list(domains)}")
-    if isinstance(values, Mapping):
-        unknown = [name for name in values if name not in set(domains)]
-        if unknown:
-            close = difflib.get_close_matches(str(unknown[0]), list(domains), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; the domains are {list(domains)}"
-            raise InputError(f"{what}: unknown domain {unknown[0]!r}{hint}")
-        missing = [name for name in domains if name not in values]
-        if missing:
-            raise InputError(f"{what}: domain {missing[0]!r} is missing")
-        array = _numbers([values[name] for name in domains], what)
-    else:
-        array = _numbers(values, what)
-        if array.shape != (len(domains),):
-            raise InputError(f"{what}: expected {len(domains)} values, one per domain, got shape {array.shape}")
-    bad = np.flatnonzero(np.isnan(array))
-    if len(bad):
-        raise InputError(f"{what}: the value of domain {domains[int(bad[0])]!r} is NaN")
-    return array
-
-
-def _numbers(values: Any, what: str) -> Array:
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{what}: expected numbers, got {values!r:.100} ({error})") from None
-
-
-def _names(values: Values, domains: Sequence[str] | None) -> list[str]:
-    if isinstance(values, Mapping):
-        return list(values) if domains is None else list(domains)
-    if domains is not None:
-        return list(domains)
-    array = _numbers(values, "values")
-    if array.ndim != 1:
-        raise InputError(f"expected one value per domain, got shape {array.shape}")
-    return [str(k) for k in range(len(array))]
-
-
-def like(values: Values, names: Sequence[str], array: Array) -> Any:
-    return dict(zip(names, array.tolist(), strict=True)) if isinstance(values, Mapping) else array
-
-
-def simplex(values: Values, domains: Sequence[str], what: str = "weights") -> Array:
-    """Weights in the order of `domains`, normalised to sum 1 (Table 4 of the paper sums to 0.99903: rounding is forgiven).
-
-    Raises:
-        InputError: an entry is negative or not finite, or all are zero.
-    """
-    array = align(values, domains, what)
-    bad = np.flatnonzero(~np.isfinite(array) | (array < 0))
-    if len(bad):
-        raise InputError(f"{what}: the weight of domain {domains[int(bad[0])]!r} is {array[bad[0]]}, not a finite number >= 0")
-    with np.errstate(over="ignore"):
-        total = array.sum()
-    if total <= 0:
-        raise InputError(f"{what}: all weights are zero")
-    if not np.isfinite(total):
-        raise InputError(f"{what}: the sum of the weights is not finite")
-    return array / total
-
-
-def softmax(logits: Array) -> Array:
-    """Softmax over the last axis; -inf entries get weight 0."""
-    top = logits.max(axis=-1, keepdims=True)
-    if not np.isfinite(top).all():
-        raise InputError("softmax: the largest logit is not finite")
-    weights = np.exp(logits - top)
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
-def log(weights: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        return np.log(weights)
+GRAM_SCALES = ("spread", "trace", "corr", "none")
 
 
 def check_tau(tau: float) -> None:
@@ -147,15 +60,11 @@ def lld_weights(
         InputError: tau <= 0, a delta that is not finite, names that do not match.
     """
     check_tau(tau)
-    names = _names(delta, domains)
+    names = names_of(delta, domains)
     d = align(delta, names, "delta")
     _check_delta(d, names)
     w = softmax(log_prior(prior, names) + (d - d.mean()) / tau)
     return like(delta, names, with_floor(w, floor))
-
-
-def log_prior(prior: Values | None, names: Sequence[str]) -> Array:
-    return np.zeros(len(names)) if prior is None else log(simplex(prior, names, "prior"))
 
 
 @dataclass(frozen=True)
@@ -170,9 +79,9 @@ class AdjustedDirection:
     ridge: float  # added to the diagonal of G, in the unit of G
 
     def effective_tau(self, tau: float) -> float:
-        """The tau at which the literal eq. (6), normalise="none", gives the weights of this direction at `tau`.
+        """The tau at which the literal eq. (6), gram_scale="none", gives the weights of this direction at `tau`.
 
-        inf where every domain weighs the same. With normalise="corr", another direction than eq. (6)'s, it is the tau of the
+        inf where every domain weighs the same. With gram_scale="corr", another direction than eq. (6)'s, it is the tau of the
         same spread of logits.
         """
         return tau / self.scale if self.scale > 0 else float("inf")
@@ -180,7 +89,7 @@ class AdjustedDirection:
 
 def regularised(gram: ArrayLike, delta: ArrayLike, ridge: float | Literal["auto"]) -> tuple[Array, Array, Array, float]:
     """Delta [K], eigenvalues [K] (>= 0, ridge included) and eigenvectors [K, K] of G, and the ridge that was added."""
-    g, d = _numbers(gram, "gram"), _numbers(delta, "delta")
+    g, d = numbers(gram, "gram"), numbers(delta, "delta")
     if d.ndim != 1 or not len(d) or g.shape != (len(d), len(d)):
         raise InputError(f"gram must be [K, K] for delta [K], got {g.shape} and {d.shape}")
     if not np.isfinite(g).all():
@@ -202,32 +111,33 @@ def regularised(gram: ArrayLike, delta: ArrayLike, ridge: float | Literal["auto"
     return d, values + amount, vectors, amount
 
 
+@renamed_arguments(normalise="gram_scale")
 def adjusted_direction(
-    gram: ArrayLike, delta: ArrayLike, *, normalise: str = "spread", ridge: float | Literal["auto"] = "auto"
+    gram: ArrayLike, delta: ArrayLike, *, gram_scale: str = "spread", ridge: float | Literal["auto"] = "auto"
 ) -> AdjustedDirection:
     """Solve `G v = Delta` (eq. (4)'s unconstrained optimum) for symmetric, possibly singular G [K, K].
 
     Args:
-        normalise: "spread" multiplies v so that std(v) = std(Delta), which keeps the meaning of tau; "trace" uses
+        gram_scale: "spread" multiplies v so that std(v) = std(Delta), which keeps the meaning of tau; "trace" uses
             G K / tr G, so that G ~ I gives back eq. (7); "corr" solves in the correlation matrix D^-1/2 G D^-1/2, D = diag G,
             so that every diagonal G gives back eq. (7); "none" is the literal eq. (6).
         ridge: added to the diagonal, in the unit of G. "auto" adds nothing to a well-conditioned G, and 0.01 tr G / K to
             a singular or indefinite one (few texts), whose noise would otherwise decide v.
 
     Raises:
-        InputError: shapes, a G that is not finite, not symmetric or zero, unknown `normalise`, negative ridge.
+        InputError: shapes, a G that is not finite, not symmetric or zero, unknown `gram_scale`, negative ridge.
     """
-    if normalise not in NORMALISE:
-        raise InputError(f"normalise must be one of {', '.join(NORMALISE)}, got {normalise!r}")
+    if gram_scale not in GRAM_SCALES:
+        raise InputError(f"gram_scale must be one of {', '.join(GRAM_SCALES)}, got {gram_scale!r}")
     d, values, vectors, amount = regularised(gram, delta, ridge)
     v = vectors @ ((vectors.T @ d) / values)
     literal = float(v.std())
     scale = 1.0
-    if normalise == "trace":
+    if gram_scale == "trace":
         scale = float(np.trace(np.asarray(gram, dtype=np.float64)) / len(d))
-    elif normalise == "spread" and np.ptp(v) > 1e-12 * max(float(np.abs(v).max()), 1e-300):
+    elif gram_scale == "spread" and np.ptp(v) > 1e-12 * max(float(np.abs(v).max()), 1e-300):
         scale = float(d.std()) / literal
-    if normalise == "corr":
+    if gram_scale == "corr":
         g = (vectors * values) @ vectors.T
         root = np.sqrt(g.diagonal())
         values, vectors = np.linalg.eigh(g / np.outer(root, root))
@@ -246,22 +156,23 @@ def named_problem(
     if hasattr(gram, "matrix"):  # a GramEstimate, which this module must not import: it needs torch
         estimate = cast("GramEstimate", gram)
         domains = estimate.domains if domains is None and not isinstance(delta, Mapping) else domains
-        gram = estimate.matrix(_names(delta, domains))
+        gram = estimate.matrix(names_of(delta, domains))
         if ridge == "auto":
             ridge = getattr(estimate, "ridge", None) or "auto"
-    names = _names(delta, domains)
+    names = names_of(delta, domains)
     d = align(delta, names, "delta")
     _check_delta(d, names)
-    return names, _numbers(gram, "gram"), d, ridge
+    return names, numbers(gram, "gram"), d, ridge
 
 
+@renamed_arguments(normalise="gram_scale")
 def adjusted_lld_weights(
     gram: ArrayLike | GramEstimate,
     delta: V,
     *,
     tau: float = 1.0,
     prior: Values | None = None,
-    normalise: str = "spread",
+    gram_scale: str = "spread",
     ridge: float | Literal["auto"] = "auto",
     floor: float = 0.0,
     domains: Sequence[str] | None = None,
@@ -271,7 +182,7 @@ def adjusted_lld_weights(
     Args:
         gram: G = J J^T [K, K] in the order of `delta` (of `domains` when given), or what `gram.estimate` returns, which is
             aligned by name.
-        normalise, ridge: see `adjusted_direction`; the paper's literal rule is normalise="none", ridge=0. "auto" is the ridge
+        gram_scale, ridge: see `adjusted_direction`; the paper's literal rule is gram_scale="none", ridge=0. "auto" is the ridge
             that a GramEstimate has chosen, where it has.
 
     Returns:
@@ -282,17 +193,9 @@ def adjusted_lld_weights(
     """
     check_tau(tau)
     names, g, d, ridge = named_problem(gram, delta, ridge, domains)
-    direction = adjusted_direction(g, d, normalise=normalise, ridge=ridge)
+    direction = adjusted_direction(g, d, gram_scale=gram_scale, ridge=ridge)
     w = softmax(log_prior(prior, names) + direction.contrast / tau)
     return like(delta, names, with_floor(w, floor))
-
-
-def with_floor(weights: Array, floor: float) -> Array:
-    """`(1 - K floor) w + floor`: every domain gets at least `floor`, the order of the others is kept."""
-    k = weights.shape[-1]
-    if not 0 <= floor * k <= 1:
-        raise InputError(f"floor must lie in [0, 1/K] = [0, {1 / k:.4g}], got {floor}")
-    return weights if floor == 0 else (1 - k * floor) * weights + floor
 
 
 def aggregate_weights(
@@ -319,7 +222,7 @@ def aggregate_weights(
     rows: list[Any] = list(weights.values()) if isinstance(weights, Mapping) else list(weights)
     if not rows:
         raise InputError("aggregate_weights: no steps to aggregate")
-    names = _names(rows[0], domains)
+    names = names_of(rows[0], domains)
     w = np.stack([simplex(row, names, f"weights of step {i}") for i, row in enumerate(rows)])  # [S, K]
     a = np.ones(len(rows)) if step_weights is None else np.asarray(step_weights, dtype=np.float64)
     if a.shape != (len(rows),) or not np.isfinite(a).all() or (a < 0).any() or a.sum() <= 0:
@@ -336,50 +239,3 @@ def aggregate_weights(
     else:
         raise InputError(f"method must be 'geometric' or 'arithmetic', got {method!r}")
     return like(rows[0], names, wbar)
-
-
-def entropy(weights: ArrayLike) -> float:
-    """Entropy of weights [K], in nats."""
-    w = np.asarray(weights, dtype=np.float64)
-    w = w[w > 0] / w.sum()
-    return float(-(w * np.log(w)).sum())
-
-
-def effective_domains(weights: Values) -> float:
-    """Effective number of domains, exp(H(w)): K for uniform weights, 1 for a single domain.
-
-    Raises:
-        InputError: as `simplex`.
-    """
-    simplex(weights, _names(weights, None))
-    return float(np.exp(entropy(list(weights.values()) if isinstance(weights, Mapping) else weights)))
-
-
-def bootstrap_deltas(
-    difference: ArrayLike, counts: ArrayLike, domain: ArrayLike, domains: Sequence[str], *, n: int = 200, seed: int = 0
-) -> Array:
-    """Bootstrap replicates of Delta over texts [n, K]: the texts of each domain are drawn with replacement.
-
-    Args:
-        difference: target minus base log-likelihood per text [N], nats.
-        counts: what a domain's sum is divided by, per text [N] (base tokens, bytes or ones).
-
-    The same seed draws the same texts whatever the differences are, so replicate b of two steps of one run belongs to one
-    resampled corpus, and standard errors of aggregated weights come out right.
-    """
-    diff, count = np.asarray(difference, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    names = np.asarray(domain, dtype=object)
-    out = np.empty((n, len(domains)))
-    for k, name in enumerate(domains):
-        index = np.flatnonzero(names == name)
-        if not len(index):
-            raise InputError(f"domain {name!r} has no evaluation texts")
-        rng = np.random.default_rng([seed, k])
-        picks = index[rng.integers(0, len(index), (n, len(index)))]
-        out[:, k] = diff[picks].sum(axis=1) / count[picks].sum(axis=1)
-    return out
-
-
-def standard_errors(replicates: Array, rule: Callable[[Array], Array]) -> Array:
-    """Standard error of `rule(replicate)` over the first axis of `replicates`."""
-    return np.stack([rule(replicate) for replicate in replicates]).std(axis=0, ddof=1)

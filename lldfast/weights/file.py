@@ -1,14 +1,15 @@
 """Weights files: a mixture with everything needed to judge it, recompute it, and disclose where it came from.
 
 The file is JSON. `weights` is {domain: weight}; `trajectory` holds Delta_t (and G_t) of every estimate, so that tau, the
-rule, the steps and the aggregation can be changed after the run at no cost: see `recompute`. A plain {domain: weight} JSON
-object written by hand is read as well.
+rule, the steps and the aggregation can be changed after the run at no cost: see `lldfast.weights.recompute`. A plain
+{domain: weight} JSON object written by hand is read as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,310 +17,334 @@ import numpy as np
 
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import read_json, write_json
-from lldfast.weights.equations import Array, aggregate_weights, effective_domains, simplex, standard_errors
-from lldfast.weights.rules import Rule, StepGram, aggregation, elapsed_weights, replay, two_stage_weights
+from lldfast.weights.rules import RULE_FIELDS, Rule, StepGram
+from lldfast.weights.simplex import Array, effective_domains, simplex
 
-FORMAT = "lldfast-weights"
+FORMAT, VERSION = "lldfast-weights", 1
 
-
-def disclosure(rule: str | None, target: dict[str, Any] | None) -> str:
-    """The statement that the paper's ethics section asks practitioners to publish with a mixture."""
-    if rule is None or target is None:
-        return "These domain weights were not estimated from a target model."
-    licence = target.get("licence") or "not stated: check the target's terms of use before using these weights"
-    return (
-        f"These domain weights were estimated with reference to the target model {target.get('name', 'unnamed')!r} "
-        f"(licence: {licence}), by log-likelihood differences ({rule} rule). Training with them is target-dependent even though "
-        "the target is not used again; publish this statement with any model trained on them."
-    )
+Named = dict[str, float]
 
 
-def distillation_disclosure(teacher: dict[str, Any]) -> str:
-    """What is to be published with a model that was distilled, behind `disclosure`."""
-    licence = teacher.get("licence") or "not stated: check its terms of use before using the model"
-    name = teacher.get("name", "unnamed")
-    return f" The model was trained on the output distribution of the teacher {name!r} (licence: {licence})."
+@dataclass(frozen=True)
+class Estimate:
+    """One entry of a trajectory: Delta_t by domain at a step of S, and the weights that followed.
 
-
-def save_weights(path: str | Path, weights: dict[str, float], **fields: Any) -> Path:
-    """Write a weights file atomically. `fields` are provenance: rule, tau, trajectory, base, target, corpus_hash, seed, ..."""
-    if not isinstance(weights, dict):
-        raise InputError(f"{path}: weights must be {{domain: weight}}, got {type(weights).__name__}")
-    names = list(weights)
-    normalised = simplex(weights, names)
-    write_json(
-        path,
-        {
-            "format": FORMAT,
-            "version": 1,
-            "weights": dict(zip(names, normalised.tolist(), strict=True)),
-            "effective_domains": effective_domains(normalised),
-            "domains": names,
-            **fields,
-        },
-    )
-    return Path(path)
-
-
-def read_weights_file(path: str | Path) -> dict[str, Any]:
-    """The whole weights file as a dict with at least "weights", "domains" and "trajectory".
-
-    Raises:
-        InputError: no such file, or it holds no weights.
-        CorruptError: not JSON, another version, or a trajectory that is not one.
+    Attributes:
+        step: optimiser steps done before the estimate.
+        delta: Delta_t, nats per token (per byte, per text).
+        weights: w_t.
+        delta_se: standard errors of Delta_t over texts; None for a domain of one text, which resampling cannot vary.
+        gram: G_t as a list of K rows in the order of the file's domains; None for rules without G.
+        gram_info: how G_t was estimated, see `LLDController.trajectory`.
     """
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object of weights by domain, found {type(value).__name__}")
-    if "format" not in value:
-        if not value or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value.values()):
-            raise InputError(f"{path} is neither an lldfast weights file nor a plain {{domain: weight}} object")
-        value = {"format": FORMAT, "version": 1, "weights": value}
-    if value["format"] != FORMAT or value.get("version") != 1:
-        raise CorruptError(f"{path}: expected {FORMAT} version 1, found {value['format']!r} version {value.get('version')!r}")
-    if not isinstance(value.get("weights"), dict) or not value["weights"]:
-        raise InputError(f"{path} holds no weights")
-    value = {"domains": list(value["weights"]), "trajectory": [], **value}
-    problem = _wrong_trajectory(value)
-    if problem:
-        raise CorruptError(f"{path}: {problem}")
-    return value
 
+    step: int
+    delta: Named
+    weights: Named
+    delta_se: dict[str, float | None] | None = None
+    gram: list[list[float]] | None = None
+    gram_info: dict[str, Any] | None = None
 
-def _wrong_trajectory(file: dict[str, Any]) -> str:
-    """What is wrong with a file's domains and trajectory, or "" (such files are also edited by hand)."""
-    names, entries, before = file["domains"], file["trajectory"], -1
-    if not isinstance(names, list) or sorted(map(str, names)) != sorted(file["weights"]):
-        return "its domains are not those of its weights"
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        return "its trajectory is not a list of estimates"
-    for entry in entries:
-        step, gram = entry.get("step"), entry.get("gram")
-        if not isinstance(step, int) or step <= before:
-            return f"the step {step!r} of its trajectory is not an integer after {before}"
+    def step_gram(self, domains: Sequence[str]) -> StepGram | None:
+        """G_t [K, K] in the order of `domains` of the file, with the ridge and the drift stored beside it."""
+        return None if self.gram is None else step_gram(self.gram, self.gram_info, domains)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "delta": self.delta,
+            "delta_se": self.delta_se,
+            "weights": self.weights,
+            "gram": self.gram,
+            "gram_info": self.gram_info,
+            "effective_domains": effective_domains(self.weights),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, domains: Sequence[str], after: int) -> Estimate:
+        """Check one entry of a file whose domains and step before are known.
+
+        Raises:
+            CorruptError: what is wrong with it.
+        """
+        if not isinstance(value, Mapping):
+            raise CorruptError("its trajectory is not a list of estimates")
+        step, gram, info = value.get("step"), value.get("gram"), value.get("gram_info")
+        if not isinstance(step, int) or step <= after:
+            raise CorruptError(f"the step {step!r} of its trajectory is not an integer after {after}")
         for key in ("delta", "weights"):
-            values = entry.get(key)
-            if not isinstance(values, dict) or sorted(values) != sorted(names):
-                return f"{key} of step {step} does not have its domains"
-            bad = next((n for n, v in values.items() if not isinstance(v, (int, float)) or not math.isfinite(v)), None)
-            if bad is not None:
-                return f"{key} of step {step} is {values[bad]!r} for domain {bad!r}"
-        if gram is not None and np.shape(gram) != (len(names), len(names)):
-            return f"gram of step {step} does not have a row and a column for each domain"
-        problem = _wrong_gram_info(entry.get("gram_info"), names)
-        if problem:
-            return f"gram_info of step {step} {problem}"
-        before = step
-    total = file.get("total_steps")
-    if entries and (not isinstance(total, int) or total <= before):
-        return f"total_steps is {total!r}, with an estimate at step {before}"
-    return ""
+            _check_named(value.get(key), domains, f"{key} of step {step}")
+        if value.get("delta_se") is not None:
+            _check_named(value["delta_se"], domains, f"delta_se of step {step}", empty=True)
+        if gram is not None and np.shape(gram) != (len(domains), len(domains)):
+            raise CorruptError(f"gram of step {step} does not have a row and a column for each domain")
+        if info is not None:
+            _check_gram_info(info, domains, f"gram_info of step {step}")
+        return cls(step, dict(value["delta"]), dict(value["weights"]), value.get("delta_se"), gram, info)
 
 
-def _wrong_gram_info(info: Any, names: list[str]) -> str:
-    """What is wrong with those entries of an estimate's "gram_info" that its rule computes with, or ""."""
-    if info is None:
-        return ""  # no G, or a file of before ridges were chosen
-    if not isinstance(info, dict):
-        return "is not an object"
+def _check_named(values: Any, domains: Sequence[str], what: str, *, empty: bool = False) -> None:
+    if not isinstance(values, Mapping) or sorted(values) != sorted(domains):
+        raise CorruptError(f"{what} does not have its domains")
+    for name, value in values.items():
+        if value is None and empty:
+            continue
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CorruptError(f"{what} is {value!r} for domain {name!r}")
+
+
+def _check_gram_info(info: Any, domains: Sequence[str], what: str) -> None:
+    """The entries that a rule computes with; the others are only shown."""
+    if not isinstance(info, Mapping):
+        raise CorruptError(f"{what} is not an object")
     ridge, drift = info.get("ridge"), info.get("drift")
     if ridge is not None and (not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf):
-        return f"has the ridge {ridge!r}"
+        raise CorruptError(f"{what} has the ridge {ridge!r}")
     if drift is None:
-        return ""
-    if not isinstance(drift, dict) or sorted(drift) != sorted(names):
-        return "has a drift that does not have its domains"
-    bad = next((n for n, v in drift.items() if not isinstance(v, (int, float)) or not math.isfinite(v)), None)
-    return "" if bad is None else f"has the drift {drift[bad]!r} for domain {bad!r}"
+        return
+    if not isinstance(drift, Mapping) or sorted(drift) != sorted(domains):
+        raise CorruptError(f"{what} has a drift that does not have its domains")
+    for name, value in drift.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CorruptError(f"{what} has the drift {value!r} for domain {name!r}")
 
 
-def load_weights(path: str | Path, domains: Sequence[str] | None = None) -> dict[str, float]:
-    """Weights {domain: weight}, normalised; with `domains`, checked against them and in their order.
-
-    Raises:
-        InputError: an unknown or missing domain (named, with the file), a negative or non-finite weight.
-    """
-    weights = read_weights_file(path)["weights"]
-    names = list(weights) if domains is None else list(domains)
-    return dict(zip(names, simplex(weights, names, str(path)).tolist(), strict=True))
-
-
-def step_gram(gram: Any, info: dict[str, Any] | None, domains: Sequence[str]) -> StepGram | None:
-    """G_t [K, K] of one estimate with the ridge and the drift stored in its "gram_info" (None in files that have none)."""
-    if gram is None:
-        return None
+def step_gram(gram: Any, info: Mapping[str, Any] | None, domains: Sequence[str]) -> StepGram:
+    """G_t [K, K] of one estimate with the ridge and the drift of its "gram_info" (None in files that have none)."""
     info = info or {}
     drift = info.get("drift")
     values = None if drift is None else np.array([drift[name] for name in domains], dtype=np.float64)
     return StepGram(np.asarray(gram, dtype=np.float64), info.get("ridge"), values)
 
 
-def trajectory_arrays(file: dict[str, Any]) -> tuple[list[int], Array, list[StepGram | None]]:
-    """Steps, Delta_t [S, K] and G_t of a weights file, in the order of its "domains".
+@dataclass(frozen=True)
+class Stage:
+    """Weights of a recipe from one step on."""
 
-    Raises:
-        InputError: the file holds no trajectory (its weights were not estimated).
+    from_step: int
+    weights: Named
+
+
+@dataclass
+class WeightsFile:
+    """The content of a weights file.
+
+    Attributes:
+        weights: the mixture; of a pass 1 the fixed recipe of eq. (8), of two stages the first.
+        method, objective: of the run that made it: the method's name, "ce", "distill" or "distill+ce".
+        rule: the rule's name, None for weights that were not estimated. `rule_fields` has its options as JSON; `made_by` reads
+            both as a Rule.
+        trajectory: the estimates, by step; empty for weights that were fixed.
+        weights_se: standard errors of `weights` over texts, where they were estimated.
+        total_steps: length of the run in optimiser steps.
+        per: what log-likelihoods were divided by, eq. (3): "base_tokens", "bytes" or "texts".
+        base, target: identities of the models.
+        about: other provenance: corpus_hash, evalset_hash, tokenizer, seed, versions, and what else a file holds.
+        aggregate, step_weights: how the recipe was averaged over the trajectory.
+        last_weights, last_weights_se: those of the last estimate.
+        stages: the mixtures of a two-stage recipe.
+        pass1: which run an aggregated recipe was made from.
+        disclosure: what to publish with the weights. distillation: settings and teacher of a distilled method.
+        folder: where the file lies; bootstrap replicates lie beside it.
     """
-    if not file["trajectory"]:
-        raise InputError("these weights have no stored Delta_t: they were fixed, not estimated")
-    names = file["domains"]
-    steps = [int(entry["step"]) for entry in file["trajectory"]]
-    deltas = np.array([[entry["delta"][name] for name in names] for entry in file["trajectory"]])
-    grams = [step_gram(entry.get("gram"), entry.get("gram_info"), names) for entry in file["trajectory"]]
-    return steps, deltas, grams
 
+    weights: Named
+    method: str | None = None
+    rule: str | None = None
+    rule_fields: dict[str, Any] = field(default_factory=dict)
+    trajectory: list[Estimate] = field(default_factory=list)
+    weights_se: Named | None = None
+    total_steps: int | None = None
+    per: str | None = None
+    objective: str | None = None
+    base: dict[str, Any] | None = None
+    target: dict[str, Any] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    aggregate: str | None = None
+    step_weights: str | None = None
+    last_weights: Named | None = None
+    last_weights_se: Named | None = None
+    stages: list[Stage] = field(default_factory=list)
+    pass1: dict[str, Any] | None = None
+    disclosure: str | None = None
+    distillation: dict[str, Any] | None = None
+    folder: Path | None = None
 
-def combine(
-    steps: Sequence[int], total: int, weights: Array, *, aggregate: str, step_weights: str, stages: int = 1, split: float = 0.5
-) -> list[tuple[int, Array]]:
-    """The fixed recipe of a trajectory of weights [S, K]: [(first step, weights)], one entry per stage.
+    @property
+    def domains(self) -> list[str]:
+        """The order of the rows and columns of every G_t."""
+        return list(self.weights)
 
-    `aggregate="none"` keeps the iterates instead, one entry per estimate.
-    """
-    if aggregate == "none":
-        return list(zip(steps, weights, strict=True))
-    if step_weights not in ("equal", "elapsed"):
-        raise InputError(f"step_weights must be 'equal' or 'elapsed', got {step_weights!r}")
-    if stages == 2:
-        boundary, one, two = two_stage_weights(
-            steps, total, weights, method=aggregate, elapsed=step_weights == "elapsed", split=split
+    def set_rule(self, rule: Rule, domains: Sequence[str]) -> None:
+        """Say that `rule` made the weights; `domains` name the entries of its prior."""
+        fields = rule.to_json(domains)
+        self.rule, self.rule_fields = fields.pop("rule"), fields
+
+    def made_by(self) -> Rule:
+        """The rule that made the weights, with its options.
+
+        Raises:
+            InputError: none did, or its options make no sense.
+            CorruptError: its prior is of other domains.
+        """
+        return Rule.from_json({"rule": self.rule, **self.rule_fields}, self.domains)
+
+    def arrays(self) -> tuple[list[int], Array, list[StepGram | None]]:
+        """Steps [S], Delta_t [S, K] and G_t of the trajectory, in the order of `domains`.
+
+        Raises:
+            InputError: there is no trajectory (the weights were not estimated).
+        """
+        if not self.trajectory:
+            raise InputError("these weights have no stored Delta_t: they were fixed, not estimated")
+        names = self.domains
+        deltas = np.array([[estimate.delta[name] for name in names] for estimate in self.trajectory])
+        return [e.step for e in self.trajectory], deltas, [e.step_gram(names) for e in self.trajectory]
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content; what is not known is left out, but for the fields that say whether there was an estimate."""
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "weights": self.weights,
+            "effective_domains": effective_domains(self.weights),
+            "domains": self.domains,
+            "method": self.method,
+            "rule": self.rule,
+            "trajectory": [estimate.to_json() for estimate in self.trajectory],
+            "weights_se": self.weights_se,
+            "total_steps": self.total_steps,
+            "normalize": self.per,
+            "objective": self.objective,
+            "base": self.base,
+            "target": self.target,
+            **self.about,
+            **self.rule_fields,
+        }
+        if self.aggregate is not None:
+            content |= {"aggregate": self.aggregate, "step_weights": self.step_weights}
+        if self.last_weights is not None:
+            content |= {"last_weights": self.last_weights, "last_weights_se": self.last_weights_se}
+        if self.stages:
+            content["stages"] = [{"from_step": stage.from_step, "weights": stage.weights} for stage in self.stages]
+        others = {"pass1": self.pass1, "disclosure": self.disclosure, "distillation": self.distillation}
+        return content | {key: value for key, value in others.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, value: Any) -> WeightsFile:
+        """Check and take the content of a file: the one place that does.
+
+        Raises:
+            InputError: it holds no weights.
+            CorruptError: another format or version, or a trajectory that is not one.
+        """
+        if not isinstance(value, dict):
+            raise InputError(f"expected a JSON object of weights by domain, found {type(value).__name__}")
+        if "format" not in value:
+            if not value or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value.values()):
+                raise InputError("neither an lldfast weights file nor a plain {domain: weight} object")
+            return cls(weights=dict(value))
+        rest = dict(value)
+        found = rest.pop("format"), rest.pop("version", None)
+        if found != (FORMAT, VERSION):
+            raise CorruptError(f"expected {FORMAT} version {VERSION}, found {found[0]!r} version {found[1]!r}")
+        weights = rest.pop("weights", None)
+        if not isinstance(weights, dict) or not weights:
+            raise InputError("it holds no weights")
+        rest.pop("effective_domains", None)
+        names = rest.pop("domains", list(weights))
+        if not isinstance(names, list) or sorted(map(str, names)) != sorted(weights):
+            raise CorruptError("its domains are not those of its weights")
+        entries = rest.pop("trajectory", [])
+        if not isinstance(entries, list):
+            raise CorruptError("its trajectory is not a list of estimates")
+        trajectory: list[Estimate] = []
+        for entry in entries:
+            trajectory.append(Estimate.from_json(entry, names, trajectory[-1].step if trajectory else -1))
+        total = rest.get("total_steps")
+        if trajectory and (not isinstance(total, int) or total <= trajectory[-1].step):
+            raise CorruptError(f"total_steps is {total!r}, with an estimate at step {trajectory[-1].step}")
+        for key in ("weights_se", "last_weights", "last_weights_se"):
+            if rest.get(key) is not None:
+                _check_named(rest[key], names, key)
+        stages = []
+        for stage in rest.pop("stages", None) or []:
+            if not isinstance(stage, Mapping) or not isinstance(stage.get("from_step"), int):
+                raise CorruptError("its stages are not a list of steps and weights")
+            _check_named(stage.get("weights"), names, f"the stage from step {stage['from_step']}")
+            stages.append(Stage(stage["from_step"], dict(stage["weights"])))
+        plain = {key: rest.pop(key) for key in _PLAIN if key in rest}
+        return cls(
+            weights={name: weights[name] for name in names},  # G_t is in the order of "domains"
+            trajectory=trajectory,
+            stages=stages,
+            per=rest.pop("normalize", None),
+            rule_fields={key: rest.pop(key) for key in RULE_FIELDS if key != "rule" and key in rest},
+            about=rest,
+            **plain,
         )
-        return [(0, one), (boundary, two)]
-    a = elapsed_weights(steps, total) if step_weights == "elapsed" else None
-    return [(0, aggregate_weights(weights, method=aggregate, step_weights=a))]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file, atomically.
+
+        Raises:
+            InputError: a value cannot be JSON (NaN, infinity).
+            WriteError: the file cannot be written.
+        """
+        write_json(path, self.to_json())
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> WeightsFile:
+        """Read a weights file, or a plain {domain: weight} object.
+
+        Raises:
+            InputError: no such file, or it holds no weights; CorruptError: it is damaged. Both name the file.
+        """
+        value = read_json(path)
+        try:
+            file = cls.from_json(value)
+        except (InputError, CorruptError) as error:
+            raise type(error)(f"{path}: {error}") from None
+        file.folder = Path(path).parent
+        return file
 
 
-def recompute(
-    path: str | Path,
-    *,
-    rule: Rule | None = None,
-    aggregate: str = "geometric",
-    step_weights: str | None = None,
-    steps: Sequence[int] | None = None,
-    stages: int = 1,
-    split: float = 0.5,
-) -> dict[str, Any]:
-    """Recompute a weights file offline from its stored Delta_t: any tau, rule, subset of steps and aggregation.
+# Fields of a file that are attributes of WeightsFile under the same name, and need no reading of their own.
+_PLAIN = (
+    "method", "rule", "weights_se", "total_steps", "objective", "base", "target", "aggregate", "step_weights", "last_weights",
+    "last_weights_se", "pass1", "disclosure", "distillation",
+)  # fmt: skip
+
+
+def save_weights(path: str | Path, weights: Named, **fields: Any) -> Path:
+    """Write a weights file atomically; the weights are normalised.
 
     Args:
-        rule: the rule of the file by default. Another rule is applied along the trajectory of the run that was made.
-        aggregate: "geometric" (arithmetic for "adjusted-fit", see `aggregation`), "arithmetic", or "none" (the last estimate).
-        step_weights: "equal" or "elapsed"; by default equal, and elapsed for mirror and for two stages.
-        steps: use these estimates only.
-
-    Returns:
-        A weights file's content, provenance kept; with two stages, "stages" lists both and "weights" is the first.
-    """
-    file = read_weights_file(path)
-    at, deltas, grams = trajectory_arrays(file)
-    if rule is None:
-        rule = rule_of(file)
-    aggregate = aggregation(rule.name, aggregate)
-    if steps is not None:
-        unknown = sorted(set(steps) - set(at))
-        if unknown:
-            raise InputError(f"{path}: no estimate at step {unknown[0]}; there are estimates at {at}")
-        keep = [i for i, step in enumerate(at) if step in set(steps)]
-        at, deltas, grams = [at[i] for i in keep], deltas[keep], [grams[i] for i in keep]
-    total = int(file["total_steps"])
-    names = file["domains"]
-    step_weights = step_weights or default_step_weights(rule.name, stages)
-    weights = replay(rule, at, total, deltas, grams)
-    plan = combine(at, total, weights, aggregate=aggregate, step_weights=step_weights, stages=stages, split=split)
-    final = plan[-1][1] if aggregate == "none" else plan[0][1]
-    # the weights of every step follow the rule too: a two-stage pass 2 is made from them
-    stored = {int(entry["step"]): entry for entry in file["trajectory"]}
-    trajectory = [
-        {**stored[step], "weights": dict(zip(names, w.tolist(), strict=True)), "effective_domains": effective_domains(w)}
-        for step, w in zip(at, weights, strict=True)
-    ]
-    replicates = Path(path).with_name("delta_bootstrap.npz")
-    errors = None
-    if replicates.exists() and aggregate != "none" and stages == 1:
-        with np.load(replicates) as arrays:
-            rows = [i for i, step in enumerate(arrays["steps"].tolist()) if step in set(at)]
-            drawn = arrays["deltas"][rows]  # [S, B, K]
-        errors = recipe_errors(rule, at, total, drawn, grams, aggregate=aggregate, step_weights=step_weights)
-    return {
-        **file,
-        "weights": dict(zip(names, final.tolist(), strict=True)),
-        "effective_domains": effective_domains(final),
-        "weights_se": None if errors is None else dict(zip(names, errors.tolist(), strict=True)),
-        **rule_fields(rule, names),
-        "trajectory": trajectory,
-        "last_weights": dict(zip(names, weights[-1].tolist(), strict=True)),
-        "last_weights_se": None,
-        "disclosure": disclosure(rule.name, file["target"]) if file.get("target") else file.get("disclosure"),
-        "aggregate": aggregate,
-        "step_weights": step_weights,
-        "stages": [{"from_step": s, "weights": dict(zip(names, w.tolist(), strict=True))} for s, w in plan]
-        if stages == 2
-        else None,
-    }
-
-
-def recipe_errors(
-    rule: Rule,
-    steps: Sequence[int],
-    total: int,
-    replicates: Array,
-    grams: Sequence[Array | StepGram | None],
-    *,
-    aggregate: str,
-    step_weights: str,
-) -> Array:
-    """Standard errors [K] of an aggregated recipe, by the bootstrap over texts: replicates of Delta_t [S, B, K], the same G_t."""
-
-    def fixed(deltas: Array) -> Array:
-        w = replay(rule, steps, total, deltas, grams)
-        return combine(steps, total, w, aggregate=aggregate, step_weights=step_weights)[0][1]
-
-    return standard_errors(replicates.transpose(1, 0, 2), fixed)
-
-
-def default_step_weights(rule: str, stages: int = 1) -> str:
-    """Equal for the paper's rules (eq. (8)); elapsed for mirror, whose logits grow with time, and for two stages, each of which
-    counts the estimates that were in force in it."""
-    return "elapsed" if rule == "mirror" or stages == 2 else "equal"
-
-
-def rule_fields(rule: Rule, domains: Sequence[str] = ()) -> dict[str, Any]:
-    """A rule as JSON fields of a weights file (an infinite tau is the string "inf"); `domains` name the entries of its prior."""
-    return {
-        "rule": rule.name,
-        "tau": rule.tau if math.isfinite(rule.tau) else "inf",
-        "tau_end": rule.tau_end,
-        "step_size": rule.step_size,
-        "floor": rule.floor,
-        "normalise": rule.normalise,
-        "ridge": rule.ridge,
-        "prior": None if rule.prior is None else dict(zip(domains, rule.prior, strict=True)),
-        "radius": rule.radius,
-        "fit_step": rule.fit_step,
-    }
-
-
-def rule_of(file: dict[str, Any]) -> Rule:
-    """The rule a weights file was made with.
+        fields: what the file is to say beside them, by its names in docs/FORMATS.md: rule, tau, trajectory, total_steps, base,
+            target, corpus_hash, seed, ... A controller writes all it knows by `LLDController.save`.
 
     Raises:
-        InputError: none made them, or its options make no sense.
-        CorruptError: its prior is of other domains.
+        InputError: the weights are not {domain: weight}, or a field cannot be JSON.
+        CorruptError: the trajectory is not one.
     """
-    if not file.get("rule"):
-        raise InputError("these weights were not made by a rule")
-    prior, tau = file.get("prior"), file.get("tau", 1.0)
-    if prior is not None and (not isinstance(prior, dict) or set(prior) != set(file["domains"])):
-        raise CorruptError("the prior of these weights does not have their domains")
-    return Rule(
-        name=file["rule"],
-        tau=math.inf if tau == "inf" else tau,
-        tau_end=file.get("tau_end"),
-        step_size=file.get("step_size", 4.0),
-        floor=file.get("floor", 0.0),
-        normalise=file.get("normalise", "spread"),
-        ridge=file.get("ridge", "auto"),
-        prior=None if prior is None else tuple(prior[name] for name in file["domains"]),
-        radius=file.get("radius", 0.1),
-        fit_step=file.get("fit_step", "auto"),
-    )
+    if not isinstance(weights, dict):
+        raise InputError(f"{path}: weights must be {{domain: weight}}, got {type(weights).__name__}")
+    names = list(weights)
+    normalised = dict(zip(names, simplex(weights, names).tolist(), strict=True))
+    try:
+        file = WeightsFile.from_json({"format": FORMAT, "version": VERSION, "weights": normalised, **fields})
+    except (InputError, CorruptError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    return file.save(path)
+
+
+def load_weights(path: str | Path, domains: Sequence[str] | None = None) -> Named:
+    """Weights {domain: weight}, normalised; with `domains`, checked against them and in their order.
+
+    Raises:
+        InputError: an unknown or missing domain (named, with the file), a negative or non-finite weight.
+    """
+    weights = WeightsFile.load(path).weights
+    names = list(weights) if domains is None else list(domains)
+    return dict(zip(names, simplex(weights, names, str(path)).tolist(), strict=True))

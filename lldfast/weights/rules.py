@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lldfast.errors import InputError
+from lldfast.errors import CorruptError, InputError, deprecated, renamed_arguments
 from lldfast.weights.constrained import check_fit_step, check_radius, simplex_fit, trust_region_tau
-from lldfast.weights.equations import NORMALISE, Array, adjusted_direction, aggregate_weights, check_tau, log, softmax, with_floor
+from lldfast.weights.equations import GRAM_SCALES, adjusted_direction, check_tau
+from lldfast.weights.simplex import Array, log, softmax, with_floor
 
 
 class StepGram(NamedTuple):
@@ -27,9 +29,36 @@ class StepGram(NamedTuple):
     drift: Array | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """Options of the rules from Delta (and G) to weights; everything here can be changed after a run.
+
+    Attributes:
+        tau: temperature, nats per token; a pure number (in units of std(Delta)) for the "spread" rules; inf gives the prior.
+            Unused by "mirror", "adjusted-trust", "adjusted-fit".
+        tau_end: temperature at the last step; tau moves there geometrically. Unset keeps tau.
+        step_size: of "mirror".
+        floor: least weight of any domain, in [0, 1/K].
+        gram_scale: how G^-1 Delta is scaled by the "adjusted" rules, see `adjusted_direction`: "spread", "trace", "corr", "none".
+        ridge: added to the diagonal of G, see `adjusted_direction`; "auto" is what the estimate of G chose, where it chose one.
+        radius: of "adjusted-trust": KL of its weights from the prior, nats.
+        fit_step: of "adjusted-fit": step in the unit of Delta / G, or "auto" to fit it with the weights.
+    """
+
+    tau: float = 1.0
+    tau_end: float | None = None
+    step_size: float = 4.0
+    floor: float = 0.0
+    gram_scale: Literal["spread", "trace", "corr", "none"] = "spread"
+    ridge: float | Literal["auto"] = "auto"
+    radius: float = 0.1
+    fit_step: float | Literal["auto"] = "auto"
+
+
+@renamed_arguments(normalise="gram_scale")
 @dataclass(frozen=True)
-class Rule:
-    """One rule from Delta_t (and G_t) to w_t, with every option that can be changed after the run.
+class Rule(RuleOptions):
+    """One rule from Delta_t (and G_t) to w_t; its options are keyword arguments, see `RuleOptions`.
 
     Attributes:
         name: "iterative" (eq. (7)); "adjusted" (eq. (6)); "spread" (eq. (7) with tau scaled by std(Delta_t));
@@ -37,24 +66,14 @@ class Rule:
             the tau where KL(w || prior) = `radius`); "adjusted-fit" (the weights whose step G w is nearest to the contrast of
             Delta_t, see `simplex_fit`); "mirror" (mirror descent with its state kept,
             `logits += step_size (Delta_t - mean) * (elapsed steps / total steps)`; appendix A.3's one step is eq. (7)).
-        tau: nats per token; a pure number for the two "spread" rules; unused by "mirror", "adjusted-trust", "adjusted-fit".
-        tau_end: temperature at the last step; tau moves there geometrically. None keeps tau.
-        ridge: see `adjusted_direction`; "auto" is the ridge that the estimate of G chose, where it chose one.
         prior: w0 in the order of the domains; None is uniform.
-        radius: of "adjusted-trust", nats.
-        fit_step: a of "adjusted-fit", or "auto" to fit it.
+
+    Raises:
+        InputError: an unknown name, or an option that makes no sense (named).
     """
 
     name: str = "iterative"
-    tau: float = 1.0
-    tau_end: float | None = None
-    step_size: float = 4.0
-    floor: float = 0.0
-    normalise: str = "spread"
-    ridge: float | Literal["auto"] = "auto"
-    prior: tuple[float, ...] | None = None
-    radius: float = 0.1
-    fit_step: float | Literal["auto"] = "auto"
+    prior: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -66,14 +85,49 @@ class Rule:
             raise InputError(f"step_size must be > 0 and finite, got {self.step_size}")
         if not 0 <= self.floor <= 1:
             raise InputError(f"floor must lie in [0, 1/K] for K domains, got {self.floor}")
-        if self.normalise not in NORMALISE:
-            raise InputError(f"normalise must be one of {', '.join(NORMALISE)}, got {self.normalise!r}")
+        if self.gram_scale not in GRAM_SCALES:
+            raise InputError(f"gram_scale must be one of {', '.join(GRAM_SCALES)}, got {self.gram_scale!r}")
         if self.ridge != "auto" and not float(self.ridge) >= 0:
             raise InputError(f"ridge must be >= 0 or 'auto', got {self.ridge}")
         check_radius(self.radius)
         check_fit_step(self.fit_step)
         if isinstance(self.prior, Mapping):
             raise InputError("a rule's prior is a tuple of weights in the order of the domains, not a mapping")
+
+    def to_json(self, domains: Sequence[str] = ()) -> dict[str, Any]:
+        """The rule as fields of a weights file: an infinite tau is the string "inf", the prior an object by domain."""
+        stored: dict[str, Any] = {"rule": self.name}
+        for option in fields(RuleOptions):
+            stored[_STORED_AS.get(option.name, option.name)] = getattr(self, option.name)
+            if option.name == "ridge":  # where the format has it
+                stored["prior"] = None if self.prior is None else dict(zip(domains, self.prior, strict=True))
+        return stored | {"tau": self.tau if math.isfinite(self.tau) else "inf"}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any], domains: Sequence[str]) -> Rule:
+        """What `to_json` wrote; a field that an earlier version did not have takes its default.
+
+        Raises:
+            InputError: no rule is stored, or an option makes no sense.
+            CorruptError: the prior is of other domains.
+        """
+        if not stored.get("rule"):
+            raise InputError("these weights were not made by a rule")
+        names = {_STORED_AS.get(option.name, option.name): option.name for option in fields(RuleOptions)}
+        options = {name: stored[key] for key, name in names.items() if key in stored}
+        if options.get("tau") == "inf":
+            options["tau"] = math.inf
+        prior = stored.get("prior")
+        if prior is not None and (not isinstance(prior, dict) or set(prior) != set(domains)):
+            raise CorruptError("the prior of these weights does not have their domains")
+        by_order = None if prior is None else tuple(prior[name] for name in domains)
+        return cls(stored["rule"], prior=by_order, **options)
+
+    @property
+    def normalise(self) -> str:
+        """The former name of `gram_scale`."""
+        deprecated("Rule.normalise", "Rule.gram_scale")
+        return self.gram_scale
 
     @property
     def needs_gram(self) -> bool:
@@ -116,7 +170,7 @@ class Rule:
         if self.name == "adjusted-fit":
             _, found["ridge_used"], found["fit_step"], found["fit_residual"] = self._fit(delta, gram)
             return found
-        direction = adjusted_direction(g.matrix, delta, normalise=self.normalise, ridge=self._ridge(g))
+        direction = adjusted_direction(g.matrix, delta, gram_scale=self.gram_scale, ridge=self._ridge(g))
         tau = self._softmax(delta, gram, progress)[1]
         if self.name.endswith("spread"):  # which divides the contrast by its spread: a temperature once more
             tau *= float(direction.contrast.std()) or 1.0
@@ -151,7 +205,7 @@ class Rule:
         direction = delta - delta.mean()
         if self.needs_gram:
             g = self._gram(gram)
-            direction = adjusted_direction(g.matrix, delta, normalise=self.normalise, ridge=self._ridge(g)).contrast
+            direction = adjusted_direction(g.matrix, delta, gram_scale=self.gram_scale, ridge=self._ridge(g)).contrast
         if self.name.endswith("spread"):
             sigma = float(direction.std())
             direction = direction / sigma if sigma > 0 else direction
@@ -175,16 +229,8 @@ class Rule:
 
 
 RULES = ("iterative", "spread", "mirror", "adjusted", "adjusted-spread", "adjusted-trust", "adjusted-fit")
-
-
-def aggregation(rule: str | None, asked: str) -> str:
-    """How the weights of `rule` are averaged when `asked` is "geometric", "arithmetic" or "none".
-
-    "adjusted-fit" gives weights of exactly 0, one of which would keep a domain's geometric mean, eq. (8), at 0 for good. Its
-    weights are averaged arithmetically: the mixture the run saw, and `argmin_w sum_t a_t KL(w_t || w)`, eq. (9) with its
-    arguments exchanged.
-    """
-    return "arithmetic" if rule == "adjusted-fit" and asked == "geometric" else asked
+_STORED_AS = {"gram_scale": "normalise"}  # the name that it had when the format of weights files was made
+RULE_FIELDS = tuple(Rule().to_json())  # of a weights file: which rule made it, and its options
 
 
 def replay(
@@ -205,36 +251,3 @@ def replay(
         state = rule.logits(d[i], None if grams is None else grams[i], step / total, elapsed, state)
         rows.append(rule.weights(state))
     return np.stack(rows) if rows else np.zeros((0, d.shape[1]))
-
-
-def elapsed_weights(steps: Sequence[int], total: int) -> Array:
-    """Share of the run that each estimate was in force [S]: S is dense early, and equal step weights would count the first
-    hundred steps as more than half of the run."""
-    ends = [*steps[1:], total]
-    return np.array([end - start for start, end in zip(steps, ends, strict=True)], dtype=np.float64) / total
-
-
-def two_stage_weights(
-    steps: Sequence[int], total: int, weights: Array, *, method: str = "geometric", elapsed: bool = True, split: float = 0.5
-) -> tuple[int, Array, Array]:
-    """Appendix C.2: one mixture for each half of the run. Returns (first step of the second stage, w of stage 1, of stage 2).
-
-    Estimates in force in a stage count for the time they were in force there (`elapsed=True`), or once each when they were
-    taken in that stage.
-    """
-    if not 0 < split < 1:
-        raise InputError(f"split must lie between 0 and 1, got {split}")
-    boundary = max(1, round(total * split))
-    if boundary >= total:
-        raise InputError(f"a run of {total} steps split at {split} has no second stage")
-    s = np.asarray(steps)
-    ends = np.append(s[1:], total)
-    first = np.clip(np.minimum(ends, boundary) - s, 0, None).astype(float)
-    second = np.clip(ends - np.maximum(s, boundary), 0, None).astype(float)
-    if not elapsed:
-        first, second = (s < boundary).astype(float), (s >= boundary).astype(float)
-        if second.sum() == 0:
-            raise InputError(f"no estimate at or after step {boundary}: nothing to aggregate for the second stage")
-    one = aggregate_weights(weights, method=method, step_weights=first)
-    two = aggregate_weights(weights, method=method, step_weights=second)
-    return boundary, one, two

@@ -1,0 +1,95 @@
+"""Another rule, temperature, set of steps or aggregation on the Delta_t that a run has stored: offline, at no cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lldfast.errors import InputError
+from lldfast.weights.disclosure import disclosure
+from lldfast.weights.file import Named, Stage, WeightsFile
+from lldfast.weights.recipe import aggregation, combine, default_step_weights, recipe_errors
+from lldfast.weights.rules import Rule, replay
+from lldfast.weights.simplex import Array
+
+REPLICATES = "delta_bootstrap.npz"  # beside a weights file: bootstrap replicates of Delta_t, steps [S] and deltas [S, B, K]
+
+
+def recompute(
+    path: str | Path,
+    *,
+    rule: Rule | None = None,
+    aggregate: str = "geometric",
+    step_weights: str | None = None,
+    steps: Sequence[int] | None = None,
+    stages: int = 1,
+    split: float = 0.5,
+) -> WeightsFile:
+    """Recompute a weights file offline from its stored Delta_t: any tau, rule, subset of steps and aggregation.
+
+    Args:
+        rule: the rule of the file by default. Another rule is applied along the trajectory of the run that was made.
+        aggregate: "geometric" (arithmetic for "adjusted-fit", see `aggregation`), "arithmetic", or "none" (the last estimate).
+        step_weights: "equal" or "elapsed"; by default equal, and elapsed for mirror and for two stages.
+        steps: use these estimates only.
+
+    Returns:
+        The new file, provenance kept; with two stages, `stages` has both and `weights` is the first.
+
+    Raises:
+        InputError: no such file, no stored Delta_t, no estimate at one of `steps`, a rule that needs G where none is stored.
+        CorruptError: the file is damaged.
+    """
+    file = WeightsFile.load(path)
+    at, deltas, grams = file.arrays()
+    rule = rule or file.made_by()
+    aggregate = aggregation(rule.name, aggregate)
+    estimates = file.trajectory
+    if steps is not None:
+        unknown = sorted(set(steps) - set(at))
+        if unknown:
+            raise InputError(f"{path}: no estimate at step {unknown[0]}; there are estimates at {at}")
+        keep = [i for i, step in enumerate(at) if step in set(steps)]
+        at, deltas = [at[i] for i in keep], deltas[keep]
+        grams, estimates = [grams[i] for i in keep], [estimates[i] for i in keep]
+    assert file.total_steps is not None  # as a file with a trajectory has been checked to say
+    total, names = file.total_steps, file.domains
+    step_weights = step_weights or default_step_weights(rule.name, stages)
+    weights = replay(rule, at, total, deltas, grams)
+    plan = combine(at, total, weights, aggregate=aggregate, step_weights=step_weights, stages=stages, split=split)
+    errors = None
+    if aggregate != "none" and stages == 1:
+        drawn = _replicates(Path(path).with_name(REPLICATES), at)
+        if drawn is not None:
+            errors = recipe_errors(rule, at, total, drawn, grams, aggregate=aggregate, step_weights=step_weights)
+
+    def named(values: Array) -> Named:
+        return dict(zip(names, values.tolist(), strict=True))
+
+    made = dataclasses.replace(
+        file,
+        weights=named(plan[-1][1] if aggregate == "none" else plan[0][1]),
+        weights_se=None if errors is None else named(errors),
+        # the weights of every step follow the rule too: a two-stage pass 2 is made from them
+        trajectory=[dataclasses.replace(e, weights=named(w)) for e, w in zip(estimates, weights, strict=True)],
+        last_weights=named(weights[-1]),
+        last_weights_se=None,
+        disclosure=disclosure(rule.name, file.target) if file.target else file.disclosure,
+        aggregate=aggregate,
+        step_weights=step_weights,
+        stages=[Stage(step, named(w)) for step, w in plan] if stages == 2 else [],
+    )
+    made.set_rule(rule, names)
+    return made
+
+
+def _replicates(path: Path, steps: Sequence[int]) -> Array | None:
+    """Bootstrap replicates of Delta at these steps [S, B, K]; None where none are stored."""
+    if not path.exists():
+        return None
+    with np.load(path) as arrays:
+        rows = [i for i, step in enumerate(arrays["steps"].tolist()) if step in set(steps)]
+        return np.asarray(arrays["deltas"][rows])
