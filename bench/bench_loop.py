@@ -88,7 +88,7 @@ def main() -> None:
             ),
             log=LogConfig(progress=False, report=False),
         )
-        exp = Experiment.open(config, ["uniform"])
+        exp = Experiment.open(config)
         shards = TokenShards(o.data)
         longest = max(shards.domains, key=lambda name: shards.n_tokens[name])
         tokens = shards.tokens(longest)

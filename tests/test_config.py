@@ -72,7 +72,7 @@ def test_demo_is_the_default_and_methods_take_commas():
         (["--lld.split=1"], "lld.split"),
         (["--lld.radius=0"], "radius must be > 0"),
         (["--lld.fit_step=0"], "step must be 'auto'"),
-        (["--lld.normalise=std"], "normalise"),
+        (["--lld.gram_scale=std"], "gram_scale"),
         (["--gram.mode=sketch"], r"gram\.mode"),
         (["--gram.k=1000"], "gram.k must be a power of two or auto, got 1000"),
         (["--gram.k=0"], "gram.k must be a power of two"),
@@ -166,7 +166,7 @@ def test_gram_options_on_the_command_line():
 
 
 def test_every_option_of_a_rule_reaches_it():
-    changed = {"tau": 2.0, "tau_end": 3.0, "step_size": 5.0, "floor": 0.01, "normalise": "corr", "ridge": 0.5}
+    changed = {"tau": 2.0, "tau_end": 3.0, "step_size": 5.0, "floor": 0.01, "gram_scale": "corr", "ridge": 0.5}
     changed |= {"radius": 0.3, "fit_step": 0.7}
     rule = dataclasses.replace(Config().lld, **changed).rule("adjusted", (1.0,))
     assert {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)} == {"name": "adjusted", "prior": (1.0,), **changed}

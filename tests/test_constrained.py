@@ -63,10 +63,10 @@ class TestTrustRegion:
         w = trust_region_weights(self.gram, self.delta, radius=0.3)
         for c, s in [(7.0, 1.0), (1.0, 1e6), (1e-3, 1e-9)]:  # l -> c l, G -> s G
             np.testing.assert_allclose(trust_region_weights(c**2 * s * self.gram, c * self.delta, radius=0.3), w, rtol=1e-7)
-        for normalise in ("spread", "trace"):
-            again = trust_region_weights(self.gram, self.delta, radius=0.3, normalise=normalise)
+        for gram_scale in ("spread", "trace"):
+            again = trust_region_weights(self.gram, self.delta, radius=0.3, gram_scale=gram_scale)
             np.testing.assert_allclose(again, w, rtol=1e-7)
-        corr = trust_region_weights(self.gram, self.delta, radius=0.3, normalise="corr")
+        corr = trust_region_weights(self.gram, self.delta, radius=0.3, gram_scale="corr")
         assert kl(corr, np.full(6, 1 / 6)) == pytest.approx(0.3) and not np.allclose(corr, w, rtol=1e-3)
         order = np.random.default_rng(3).permutation(6)
         shuffled = trust_region_weights(self.gram[np.ix_(order, order)], self.delta[order], radius=0.3)

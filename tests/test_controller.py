@@ -1,5 +1,6 @@
 """LLDController: what an estimate sees, what it gives, and what its state must carry."""
 
+import dataclasses
 import inspect
 import json
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from lldfast.run.config import GramConfig
 from lldfast.weights.bootstrap import standard_errors
 from lldfast.weights.constrained import fit_weights
 from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights
-from lldfast.weights.file import rule_fields, save_weights, step_gram
+from lldfast.weights.file import WeightsFile, save_weights, step_gram
 from lldfast.weights.recompute import recompute
 from lldfast.weights.rules import Rule, replay
 
@@ -37,12 +38,12 @@ def controller(**options):
     return LLDController(EVALSET, TARGET, steps=100, **options)
 
 
-@pytest.mark.parametrize("normalize", ["base_tokens", "bytes", "texts"])
-def test_a_step_is_eq_7_on_the_texts_kept_for_estimates(normalize):
-    c = controller(normalize=normalize, rule=Rule(tau=0.5))
+@pytest.mark.parametrize("per", ["base_tokens", "bytes", "texts"])
+def test_a_step_is_eq_7_on_the_texts_kept_for_estimates(per):
+    c = controller(per=per, rule=Rule(tau=0.5))
     weights = c.step(0, BASE)
     part = EVALSET.select("estimate")
-    expected = lld_weights(delta(TARGET.select("estimate"), score(BASE, part), normalize)[0], tau=0.5)
+    expected = lld_weights(delta(TARGET.select("estimate"), score(BASE, part), per)[0], tau=0.5)
     assert list(weights) == ["b", "a", "c"] and weights == pytest.approx(expected)
     assert c.step(3, BASE) is None and c.step(1, BASE) is not None
     with pytest.raises(InputError, match="step 1 comes after"):
@@ -51,7 +52,7 @@ def test_a_step_is_eq_7_on_the_texts_kept_for_estimates(normalize):
 
 def test_g_is_in_the_unit_of_delta():
     """l_k' = c_k l_k gives J' = C J, hence G' = C G C."""
-    plain, other = controller(rule="adjusted"), controller(rule="adjusted", normalize="texts")
+    plain, other = controller(rule="adjusted"), controller(rule="adjusted", per="texts")
     for c in (plain, other):
         c.step(0, BASE)
     scale = other.deltas[0] / plain.deltas[0]
@@ -168,7 +169,7 @@ def test_ridge_and_drift_are_in_the_unit_of_delta(fake):
     """Per text a domain's log-likelihood is u_k times that per token: G' = U G U, drift' = U drift, and the ridge keeps its share
     of tr G."""
     found = fake()
-    plain, other = controller(rule="adjusted-fit"), controller(rule="adjusted-fit", normalize="texts")
+    plain, other = controller(rule="adjusted-fit"), controller(rule="adjusted-fit", per="texts")
     for c in (plain, other):
         found.calls.clear()
         c.step(0, BASE)
@@ -202,16 +203,16 @@ def test_ridge_and_drift_go_through_state_file_and_replay(rule, fake, tmp_path):
         c.step(4, BASE)
     assert first.trajectory() == resumed.trajectory()
     assert first.aggregate_errors() == resumed.aggregate_errors() and first.last_errors() == resumed.last_errors()
-    fields = rule_fields(first.rule, first.domains)
+    fields = first.rule.to_json(first.domains)
     save_weights(tmp_path / "w.json", first.aggregate(), trajectory=first.trajectory(), total_steps=100, **fields)
     first.save_replicates(tmp_path / "delta_bootstrap.npz")
     offline = recompute(tmp_path / "w.json")
-    assert offline["weights"] == pytest.approx(first.aggregate(), abs=1e-12)
-    assert offline["weights_se"] == pytest.approx(first.aggregate_errors(), abs=1e-12)
-    for entry, w in zip(offline["trajectory"], first.weights, strict=True):
-        assert list(entry["weights"].values()) == pytest.approx(w.tolist(), abs=1e-12)
+    assert offline.weights == pytest.approx(first.aggregate(), abs=1e-12)
+    assert offline.weights_se == pytest.approx(first.aggregate_errors(), abs=1e-12)
+    for entry, w in zip(offline.trajectory, first.weights, strict=True):
+        assert list(entry.weights.values()) == pytest.approx(w.tolist(), abs=1e-12)
     mean = "arithmetic" if rule == "adjusted-fit" else "geometric"
-    assert offline["aggregate"] == mean
+    assert offline.aggregate == mean
     np.testing.assert_allclose(list(first.aggregate().values()), aggregate_weights(np.stack(first.weights), method=mean))
 
 
@@ -234,7 +235,7 @@ def test_what_is_told_about_an_estimate(fake):
     info = json.loads(json.dumps(c.trajectory(), allow_nan=False))[0]["gram_info"]
     assert (info["mode"], info["k"], info["debiased"], info["expected_error"]) == ("exact", None, 2, 0.01)
     assert info["weights_se"] is None and info["ridge_used"] == info["ridge"] > 0 and info["condition"] > 1
-    literal = adjusted_lld_weights(c.grams[0], c.deltas[0], tau=info["effective_tau"], normalise="none", ridge=info["ridge"])
+    literal = adjusted_lld_weights(c.grams[0], c.deltas[0], tau=info["effective_tau"], gram_scale="none", ridge=info["ridge"])
     np.testing.assert_allclose(c.weights[0], literal)
     line = c.gram_line()
     assert "G at step 0: exact, expected error of v 1 %" in line and "2/3 domains debiased, 1.2 s" in line
@@ -287,8 +288,11 @@ def test_bad_calls():
         controller(tokenizer=TOKENIZER).step(0, torch.nn.Linear(2, 2))
     with pytest.raises(InputError, match="prior has 2 entries for 3"):
         controller(rule=Rule(prior=(0.5, 0.5)))
-    with pytest.raises(InputError, match="other texts"):
+    with pytest.raises(InputError, match="different texts: the target's scores"):
         LLDController(EVALSET, TARGET.select("measure"), steps=10)
+    other = dataclasses.replace(TARGET, text_hash=TARGET.text_hash[::-1].copy())  # as many texts, of the same sizes and domains
+    with pytest.raises(InputError, match="different texts: the target's scores"):
+        LLDController(EVALSET, other, steps=10)
 
 
 def test_calls_that_make_no_sense():
@@ -304,3 +308,43 @@ def test_adjusted_with_one_text_per_domain():
     target = score(Scorer.from_gpt(GPT("test-tiny", seed=1), TOKENIZER), one)
     weights = LLDController(one, target, steps=4, rule="adjusted").step(0, BASE)
     assert sum(weights.values()) == pytest.approx(1) and all(np.isfinite(v) for v in weights.values())
+
+
+def test_save_says_all_that_the_controller_knows(tmp_path):
+    c = controller(rule=Rule("mirror", step_size=2.0), bootstrap=4)
+    with pytest.raises(InputError, match="no estimate"):
+        c.save(tmp_path / "w.json")
+    for step in (0, 1, 2):
+        c.step(step, BASE)
+    file = WeightsFile.load(c.save(tmp_path / "w.json", corpus_hash="abc"))
+    assert file.weights == pytest.approx(c.aggregate(), abs=1e-15) and file.weights_se == c.aggregate_errors()
+    assert [e.to_json() for e in file.trajectory] == c.trajectory() and file.made_by() == c.rule
+    assert (file.step_weights, file.aggregate, file.per) == ("elapsed", "geometric", "base_tokens")
+    assert file.target == TARGET.meta["model"] and file.base == BASE.identity and file.about["corpus_hash"] == "abc"
+    assert file.target["name"] in file.disclosure and file.about["evalset_hash"] == c.evalset.hash
+    offline = recompute(tmp_path / "w.json")
+    assert offline.weights == pytest.approx(file.weights, abs=1e-12) and offline.weights_se == pytest.approx(file.weights_se)
+
+
+def test_former_names_work_and_say_the_present_one():
+    with pytest.warns(DeprecationWarning, match="per="):
+        c = controller(normalize="texts")
+    assert c.per == "texts"
+    with pytest.warns(DeprecationWarning, match="gram_scale"):
+        rule = Rule("adjusted", normalise="corr")
+    assert rule == Rule("adjusted", gram_scale="corr")
+    with pytest.warns(DeprecationWarning, match=r"Rule\.gram_scale"):
+        assert rule.normalise == "corr"
+    with pytest.raises(TypeError, match="both 'normalise' and 'gram_scale'"):
+        Rule("adjusted", normalise="corr", gram_scale="none")
+    with pytest.warns(DeprecationWarning, match="per="):
+        assert TARGET.by_domain(normalize="bytes") == TARGET.by_domain("bytes")
+
+
+def test_one_bootstrap_of_delta():
+    """The errors that `delta` gives are those of the controller for the same texts and seed."""
+    c = controller(bootstrap=50, seed=3)
+    c.step(0, BASE)
+    part = EVALSET.select("estimate")
+    _, errors = delta(TARGET.select("estimate"), score(BASE, part), bootstrap=50, seed=3)
+    assert errors == pytest.approx(c.trajectory()[0]["delta_se"], rel=1e-12)

@@ -1,13 +1,13 @@
 """Eq. (2) and the distances between mixtures, on vectors made by hand."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lldfast.errors import InputError
 from lldfast.measure.divergence import jsd_matrix, kl, kl_matrix, nll_gap, weight_kl
+from lldfast.measure.loglik import LoglikVector
 
 rng = np.random.default_rng(0)
 N = 60
@@ -19,13 +19,11 @@ CODE = [  # Table 4, column Code
 ]  # fmt: skip
 
 
-class Vector(SimpleNamespace):
-    def __len__(self):
-        return len(self.logprob)
-
-
-def vector(logprob, domain=DOMAIN, n_bytes=BYTES):
-    return Vector(logprob=np.asarray(logprob), domain=domain, n_bytes=n_bytes)
+def vector(logprob, domain=DOMAIN, n_bytes=BYTES, text_hash=None):
+    n = len(logprob)
+    hashes = np.arange(n, dtype=np.uint64) if text_hash is None else text_hash
+    part = np.array(["measure"] * n, dtype=object)
+    return LoglikVector(np.asarray(logprob, dtype=float), domain, np.ones(n, dtype=int), n_bytes, part, hashes)
 
 
 def test_var_identity():
@@ -63,13 +61,16 @@ def test_other_texts_are_refused():
     a = vector(np.zeros(N))
     for other in (
         vector(np.zeros(3), DOMAIN[:3], BYTES[:3]),
-        vector(np.zeros(N), DOMAIN, BYTES + 1),
+        # as many texts, of the same sizes and domains
+        vector(np.zeros(N), text_hash=np.arange(1, N + 1, dtype=np.uint64)),
         vector(np.zeros(N), DOMAIN[::-1]),
     ):
         with pytest.raises(InputError, match="different texts"):
             kl(a, other)
         with pytest.raises(InputError, match="different texts"):
-            kl_matrix([a, other])
+            kl_matrix({"A": a, "B": other})
+        with pytest.raises(InputError, match="different texts"):
+            nll_gap(a, other)
     with pytest.raises(InputError, match="no vectors"):
         kl_matrix([])
 

@@ -261,7 +261,7 @@ def test_normalisations_by_hand():
     assert v.by_domain("texts") == {"b": -5.5, "a": -4.0}
     assert v.by_domain(base_tokens=[1, 1, 1]) == {"b": -5.5, "a": -4.0}
     assert v.by_domain(base_tokens=vector([0, 0, 0], ["b", "a", "b"], [5, 5, 6])) == {"b": -1.0, "a": -0.8}
-    with pytest.raises(InputError, match="normalize='words'"):
+    with pytest.raises(InputError, match="per='words'"):
         v.by_domain("words")
     with pytest.raises(InputError, match="base_tokens has shape"):
         v.by_domain(base_tokens=[1])

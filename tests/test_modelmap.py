@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lldfast.errors import InputError, MissingDependencyError
 from lldfast.measure.divergence import kl_matrix
-from lldfast.measure.modelmap import double_centre, model_map, squared_distances, stack
+from lldfast.measure.loglik import LoglikVector
+from lldfast.measure.modelmap import double_centre, model_map, stack
 
 
 @pytest.fixture
@@ -19,6 +19,11 @@ def loglik() -> np.ndarray:
     """[M, N]: six models on 40 texts, with text and model effects far larger than what tells the models apart."""
     rng = np.random.default_rng(0)
     return rng.normal(-500, 200, 40) + rng.normal(0, 300, (6, 1)) + rng.normal(0, 3, (6, 40))
+
+
+def squared_distances(points):
+    """|q_i - q_j|^2 between rows [M, M], by differences."""
+    return np.square(points[:, None] - points[None]).sum(axis=-1)
 
 
 def test_distances_in_q_space_are_equation_2(loglik: np.ndarray) -> None:
@@ -29,13 +34,9 @@ def test_distances_in_q_space_are_equation_2(loglik: np.ndarray) -> None:
 
 
 def test_kl_matrix_is_the_same_distance_in_bits_per_byte(loglik: np.ndarray) -> None:
-    domain, n_bytes = ["a"] * 20 + ["b"] * 20, np.full(40, 900.0)
-
-    class Vector(SimpleNamespace):
-        def __len__(self) -> int:
-            return 40
-
-    vectors = [Vector(logprob=row, domain=domain, n_bytes=n_bytes) for row in loglik]
+    domain, n_bytes = np.array(["a"] * 20 + ["b"] * 20, dtype=object), np.full(40, 900)
+    part, hashes = np.array(["measure"] * 40, dtype=object), np.arange(40, dtype=np.uint64)
+    vectors = [LoglikVector(row, domain, n_bytes, n_bytes, part, hashes) for row in loglik]
     ours = squared_distances(double_centre(stack(vectors))) / (2 * 40) / (900 * math.log(2))
     np.testing.assert_allclose(ours, kl_matrix(vectors), rtol=1e-10, atol=1e-14)
 
@@ -138,3 +139,11 @@ def test_tsne_without_scikit_learn_says_what_to_install(loglik: np.ndarray, monk
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(MissingDependencyError, match=r"lldfast\[tsne\]"):
         model_map(list(loglik), list("abcdef"), method="tsne")
+
+
+def test_vectors_of_different_texts_are_no_map(loglik: np.ndarray) -> None:
+    domain, n_bytes = np.array(["a"] * 40, dtype=object), np.full(40, 900)
+    part = np.array(["measure"] * 40, dtype=object)
+    one, other = (LoglikVector(loglik[i], domain, n_bytes, n_bytes, part, np.arange(i, 40 + i, dtype=np.uint64)) for i in (0, 1))
+    with pytest.raises(InputError, match="different texts: A and B differ at text 0"):
+        model_map([one, other], ["A", "B"])

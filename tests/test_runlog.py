@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from lldfast.errors import CorruptError, WriteError
+from lldfast.run.folder import MethodFolder
 from lldfast.run.log import JsonlLog, RunLog, read_jsonl
 
 
@@ -40,7 +41,7 @@ def test_wandb_gets_configuration_log_and_measurements(tmp_path, monkeypatch):
     fake.log = lambda values, step: sent.append((step, values))
     fake.finish = lambda: None
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = RunLog(tmp_path, name="m", total=3, progress=False, wandb="project", config={"seed": 7})
+    log = RunLog(MethodFolder(tmp_path / "m"), total=3, progress=False, wandb="project", config={"seed": 7})
     log.step({"step": 0, "loss": 2.5, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 9.0, "weights": {"a": 1.0}}, line=False)
     log.measured({"step": 0, "kl": 5.0, "true_kl": None, "nll_gap": 0.1, "loglik": "x.parquet"})
     log.close()
@@ -49,11 +50,11 @@ def test_wandb_gets_configuration_log_and_measurements(tmp_path, monkeypatch):
 
 
 def test_run_log_lines(tmp_path, capsys):
-    log = RunLog(tmp_path, name="m", total=3, progress=False)
+    log = RunLog(MethodFolder(tmp_path / "m"), total=3, progress=False)
     record = {"step": 0, "loss": 2.5, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 1000.0, "weights": {"a": 1.0}}
     log.step(record, line=True)
     log.measured({"step": 0, "kl": 5.0, "true_kl": 0.5, "nll_gap": 0.1})
     log.close()
     err = capsys.readouterr().err
     assert "[m] step 0/3  loss 2.5000" in err and "true KL 0.500" in err
-    assert json.loads((tmp_path / "log.jsonl").read_text()) == record
+    assert json.loads((tmp_path / "m" / "log.jsonl").read_text()) == record

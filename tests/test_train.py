@@ -176,8 +176,7 @@ def test_rules_on_a_sketched_preconditioned_gram(corpus, target, tmp_path, capsy
     methods = ["adjusted-trust", "adjusted-fit-aggregated", "adjusted-fit-two-stage"]
     c = config(tmp_path / "run", corpus, methods=methods, target=TargetConfig(model=str(target)))
     c.gram = GramConfig(mode="fold", k=4096, precondition="adamw", groups=4)
-    c.lld.radius = 0.02
-    c.lld.normalise = "corr"
+    c.lld = dataclasses.replace(c.lld, radius=0.02, gram_scale="corr")
     c.log.report = True
     c.train.steps = 8
     run(c)
@@ -354,7 +353,7 @@ def test_a_prior_is_aligned_by_name_whatever_the_order_of_the_evaluation_texts(c
     EvalSet([e.texts[i] for i in back], e.domain[back], e.part[back], e.document[back]).save(folder / "eval.parquet")
     c = config(tmp_path / "run", folder, methods=["iterative"], target=TargetConfig(model=str(target)))
     c = dataclasses.replace(c, lld=dataclasses.replace(c.lld, prior="proportional", tau=1e9))
-    exp = Experiment.open(c, ["iterative"])
+    exp = Experiment.open(c)
     controller = make_source(exp, parse_method("iterative")).controller
     assert controller.domains == exp.domains[::-1]
     weights = controller.step(0, Scorer.from_gpt(exp.new_model(), exp.tokenizer))
@@ -365,7 +364,7 @@ def test_a_base_to_continue_from_brings_its_own_shape(corpus, target, tmp_path):
     from lldfast.run.experiment import Experiment
 
     c = config(tmp_path / "run", corpus, model=ModelConfig(preset="demo-330k", init=str(target)))
-    exp = Experiment.open(c, ["uniform"])
+    exp = Experiment.open(c)
     assert exp.new_model().config == exp.model_config() and exp.tokens_per_step == 4 * 64
     assert exp.base_identity["hash"] == json.loads((target / "model.json").read_text())["sha256"]
 

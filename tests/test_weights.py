@@ -120,47 +120,49 @@ class TestAdjusted:
     delta = rng.normal(size=6)
 
     def test_literal_rule(self):
-        w = adjusted_lld_weights(self.gram, self.delta, normalise="none", ridge=0.0, tau=0.3)
+        w = adjusted_lld_weights(self.gram, self.delta, gram_scale="none", ridge=0.0, tau=0.3)
         v = np.linalg.solve(self.gram, self.delta) / 0.3
         np.testing.assert_allclose(w, np.exp(v) / np.exp(v).sum(), rtol=1e-9)
 
     @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-    @pytest.mark.parametrize("normalise", ["spread", "trace", "corr"])
-    def test_scale_of_g_does_not_matter_once_normalised(self, scale, normalise):
-        a = adjusted_lld_weights(self.gram, self.delta, normalise=normalise)
-        np.testing.assert_allclose(adjusted_lld_weights(scale * self.gram, self.delta, normalise=normalise), a, rtol=1e-7)
+    @pytest.mark.parametrize("gram_scale", ["spread", "trace", "corr"])
+    def test_scale_of_g_does_not_matter_once_normalised(self, scale, gram_scale):
+        a = adjusted_lld_weights(self.gram, self.delta, gram_scale=gram_scale)
+        np.testing.assert_allclose(adjusted_lld_weights(scale * self.gram, self.delta, gram_scale=gram_scale), a, rtol=1e-7)
 
-    @pytest.mark.parametrize("normalise", ["spread", "trace", "corr"])
-    def test_identity_gives_back_eq_7(self, normalise):
-        w = adjusted_lld_weights(3.0 * np.eye(6), self.delta, normalise=normalise)
+    @pytest.mark.parametrize("gram_scale", ["spread", "trace", "corr"])
+    def test_identity_gives_back_eq_7(self, gram_scale):
+        w = adjusted_lld_weights(3.0 * np.eye(6), self.delta, gram_scale=gram_scale)
         np.testing.assert_allclose(w, lld_weights(self.delta), rtol=1e-9)
 
     @pytest.mark.parametrize("ridge", ["auto", 0.3])
     def test_corr_gives_back_eq_7_for_every_diagonal_gram(self, ridge):
         diagonal = np.diag(10.0 ** np.linspace(-4, 4, 6))
-        w = adjusted_lld_weights(diagonal, self.delta, normalise="corr", ridge=ridge)
+        w = adjusted_lld_weights(diagonal, self.delta, gram_scale="corr", ridge=ridge)
         np.testing.assert_allclose(w, lld_weights(self.delta), rtol=1e-9)
-        assert not np.allclose(adjusted_lld_weights(diagonal, self.delta, normalise="spread"), lld_weights(self.delta), rtol=0.1)
+        assert not np.allclose(adjusted_lld_weights(diagonal, self.delta, gram_scale="spread"), lld_weights(self.delta), rtol=0.1)
 
     def test_corr_solves_in_the_correlation_matrix(self):
         """v = D^1/2 G^-1 D^1/2 Delta, whatever unit each domain's log-likelihood has: G'_kk' = c_k c_k' G_kk'."""
         root = np.diag(np.sqrt(self.gram.diagonal()))
-        d = adjusted_direction(self.gram, self.delta, normalise="corr")
+        d = adjusted_direction(self.gram, self.delta, gram_scale="corr")
         np.testing.assert_allclose(d.v, root @ np.linalg.solve(self.gram, root @ self.delta), rtol=1e-9)
         units = np.diag([1.0, 10.0, 0.1, 3.0, 1.0, 0.5])
-        other = adjusted_direction(units @ self.gram @ units, self.delta, normalise="corr")
+        other = adjusted_direction(units @ self.gram @ units, self.delta, gram_scale="corr")
         np.testing.assert_allclose(other.v, d.v, rtol=1e-9)
         assert d.condition == pytest.approx(np.linalg.cond(np.linalg.inv(root) @ self.gram @ np.linalg.inv(root)))
 
-    @pytest.mark.parametrize("normalise", ["spread", "trace", "none"])
-    def test_effective_tau_is_that_of_the_literal_rule(self, normalise):
-        tau = adjusted_direction(self.gram, self.delta, normalise=normalise).effective_tau(0.7)
-        literal = adjusted_lld_weights(self.gram, self.delta, normalise="none", tau=tau)
-        np.testing.assert_allclose(literal, adjusted_lld_weights(self.gram, self.delta, normalise=normalise, tau=0.7), rtol=1e-9)
+    @pytest.mark.parametrize("gram_scale", ["spread", "trace", "none"])
+    def test_effective_tau_is_that_of_the_literal_rule(self, gram_scale):
+        tau = adjusted_direction(self.gram, self.delta, gram_scale=gram_scale).effective_tau(0.7)
+        literal = adjusted_lld_weights(self.gram, self.delta, gram_scale="none", tau=tau)
+        np.testing.assert_allclose(
+            literal, adjusted_lld_weights(self.gram, self.delta, gram_scale=gram_scale, tau=0.7), rtol=1e-9
+        )
 
     def test_effective_tau_without_an_equal(self):
-        corr = adjusted_direction(self.gram, self.delta, normalise="corr")
-        literal = adjusted_direction(self.gram, self.delta, normalise="none")
+        corr = adjusted_direction(self.gram, self.delta, gram_scale="corr")
+        literal = adjusted_direction(self.gram, self.delta, gram_scale="none")
         assert literal.contrast.std() / corr.effective_tau(0.7) == pytest.approx(corr.contrast.std() / 0.7)
         flat = adjusted_direction(self.gram, np.ones(6))  # spread 0 of Delta: the prior, which is eq. (6) at tau inf
         assert flat.effective_tau(1.0) == math.inf
@@ -206,8 +208,8 @@ class TestAdjusted:
             adjusted_lld_weights(gram, self.delta)
 
     def test_bad_options(self):
-        with pytest.raises(InputError, match="normalise"):
-            adjusted_lld_weights(self.gram, self.delta, normalise="sprad")
+        with pytest.raises(InputError, match="gram_scale"):
+            adjusted_lld_weights(self.gram, self.delta, gram_scale="sprad")
         with pytest.raises(InputError, match="ridge"):
             adjusted_lld_weights(self.gram, self.delta, ridge=-1.0)
 
@@ -337,7 +339,7 @@ class TestRules:
             rule = Rule(name, tau=0.7)
             found = rule.reading(delta, StepGram(gram, ridge=0.5), 0.0)
             assert found["ridge_used"] == 0.5 and found["fit_step"] is None
-            literal = adjusted_lld_weights(gram, delta, normalise="none", ridge=0.5, tau=found["effective_tau"])
+            literal = adjusted_lld_weights(gram, delta, gram_scale="none", ridge=0.5, tau=found["effective_tau"])
             np.testing.assert_allclose(
                 rule.weights(rule.logits(delta, StepGram(gram, 0.5), 0, 0, np.zeros(5))), literal, rtol=1e-8
             )
@@ -346,7 +348,7 @@ class TestRules:
 
     def test_what_a_sketch_is_planned_for_is_the_spread_of_the_logits(self):
         delta, gram = self.deltas[0], np.eye(5)
-        for rule in (Rule("adjusted", 0.5), Rule("adjusted-spread", 0.5), Rule("adjusted-trust", radius=0.001)):
+        for rule in (Rule("adjusted", tau=0.5), Rule("adjusted-spread", tau=0.5), Rule("adjusted-trust", radius=0.001)):
             spread = rule.logits(delta, gram, 0, 0, np.zeros(5)).std()
             assert delta.std() / rule.planned_tau(delta, 0) == pytest.approx(spread, rel=0.05)
 
@@ -405,7 +407,7 @@ def test_what_is_no_weights_is_named():
         (lambda: effective_domains([0, 0]), "all weights are zero"),
         (lambda: Rule(prior={"a": 1.0}), "tuple of weights in the order of the domains"),
         (lambda: Rule(floor=-0.1), "floor"),
-        (lambda: Rule(normalise="std"), "normalise must be one of"),
+        (lambda: Rule(gram_scale="std"), "gram_scale must be one of"),
         (lambda: Rule(ridge=-1.0), "ridge"),
         (lambda: Rule(step_size=math.inf), "step_size"),
         (lambda: Rule(radius=0), "radius"),

@@ -187,11 +187,11 @@ def check_same_texts(a: HasTexts, b: HasTexts, names: tuple[str, str] = ("one", 
     """
     if len(a.text_hash) != len(b.text_hash):
         raise InputError(
-            f"the vectors are of different texts: {names[0]} has {len(a.text_hash)} of them, {names[1]} {len(b.text_hash)}"
+            f"different texts: {names[0]} ({len(a.text_hash)} texts) and {names[1]} ({len(b.text_hash)} texts)"
         )
     for i in np.flatnonzero((a.text_hash != b.text_hash) | (a.domain != b.domain))[:1]:
         raise InputError(
-            f"the vectors are of different texts: {names[0]} and {names[1]} differ at text {i} "
+            f"different texts: {names[0]} and {names[1]} differ at text {i} "
             f"(domains {a.domain[i]} and {b.domain[i]})"
         )
 

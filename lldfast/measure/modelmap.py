@@ -13,18 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lldfast.errors import InputError, MissingDependencyError
-
-
-class _HasLogprob(Protocol):
-    """What of a `LoglikVector` a map needs."""
-
-    logprob: NDArray[np.float64]
+from lldfast.measure.loglik import LoglikVector, check_same_texts
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class ModelMap:
         return self.steps[index], self.xy[index]
 
 
-def stack(vectors: Sequence[_HasLogprob | ArrayLike], names: Sequence[str] | None = None) -> NDArray[np.float64]:
+def stack(vectors: Sequence[LoglikVector | ArrayLike], names: Sequence[str] | None = None) -> NDArray[np.float64]:
     """Stack log-likelihood vectors as rows, eq. (1): `L` [M, N] in nats per text.
 
     Args:
@@ -68,7 +63,7 @@ def stack(vectors: Sequence[_HasLogprob | ArrayLike], names: Sequence[str] | Non
         names: used in error messages.
 
     Raises:
-        InputError: no vector, differing lengths, or a value that is not finite; the message names the model and the text.
+        InputError: no vector, other texts, or a value that is not finite; the message names the model and the text.
     """
     if len(vectors) == 0:
         raise InputError("model map: no log-likelihood vector was given")
@@ -84,6 +79,9 @@ def stack(vectors: Sequence[_HasLogprob | ArrayLike], names: Sequence[str] | Non
         if not np.isfinite(row).all():
             text = int(np.flatnonzero(~np.isfinite(row))[0])
             raise InputError(f"model map: the log-likelihood of {label} on text {text} is {row[text]}")
+    known = [(label, vector) for label, vector in zip(labels, vectors, strict=True) if isinstance(vector, LoglikVector)]
+    for label, vector in known[1:]:  # of bare arrays nobody knows the texts
+        check_same_texts(known[0][1], vector, (known[0][0], label))
     return np.stack(rows)
 
 
@@ -99,7 +97,7 @@ def double_centre(loglik: ArrayLike) -> NDArray[np.float64]:
 
 
 def model_map(
-    vectors: Sequence[_HasLogprob | ArrayLike],
+    vectors: Sequence[LoglikVector | ArrayLike],
     names: Sequence[str],
     steps: Sequence[int | None] | None = None,
     *,

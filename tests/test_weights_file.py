@@ -9,7 +9,7 @@ from lldfast.errors import CorruptError, InputError
 from lldfast.weights.constrained import fit_weights
 from lldfast.weights.disclosure import disclosure
 from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights
-from lldfast.weights.file import load_weights, read_weights_file, rule_fields, rule_of, save_weights, trajectory_arrays
+from lldfast.weights.file import WeightsFile, load_weights, save_weights
 from lldfast.weights.recompute import recompute
 from lldfast.weights.rules import Rule, replay
 
@@ -34,25 +34,25 @@ def run(tmp_path):
     ]
     path = tmp_path / "weights.json"
     recipe = dict(zip(NAMES, aggregate_weights(w).tolist(), strict=True))
-    save_weights(path, recipe, total_steps=TOTAL, trajectory=trajectory, **rule_fields(Rule()))
+    save_weights(path, recipe, total_steps=TOTAL, trajectory=trajectory, **Rule().to_json())
     replicates = DELTAS[:, None, :] + 0.1 * rng.normal(size=(6, 40, 3))
     np.savez(tmp_path / "delta_bootstrap.npz", steps=np.array(STEPS), deltas=replicates)
     return path
 
 
 def values(file):
-    return np.array([file["weights"][name] for name in NAMES])
+    return np.array([file.weights[name] for name in NAMES])
 
 
 def test_recompute_the_recipe_itself(run):
-    np.testing.assert_allclose(values(recompute(run)), values(read_weights_file(run)), rtol=1e-12)
+    np.testing.assert_allclose(values(recompute(run)), values(WeightsFile.load(run)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0, 10.0])
 def test_any_tau_by_the_closed_form(run, tau):
     out = recompute(run, rule=Rule(tau=tau))
     np.testing.assert_allclose(values(out), lld_weights(DELTAS.mean(axis=0), tau=tau), rtol=1e-9)
-    assert out["tau"] == tau and len(out["weights_se"]) == 3 and all(v > 0 for v in out["weights_se"].values())
+    assert out.made_by().tau == tau and len(out.weights_se) == 3 and all(v > 0 for v in out.weights_se.values())
 
 
 def test_subsets_rules_and_stages(run):
@@ -61,9 +61,9 @@ def test_subsets_rules_and_stages(run):
     last = recompute(run, aggregate="none")
     np.testing.assert_allclose(values(last), lld_weights(DELTAS[-1]), rtol=1e-9)
     mirror = recompute(run, rule=Rule("mirror"))
-    assert mirror["step_weights"] == "elapsed" and not np.allclose(values(mirror), values(late))
+    assert mirror.step_weights == "elapsed" and not np.allclose(values(mirror), values(late))
     two = recompute(run, stages=2)
-    assert [s["from_step"] for s in two["stages"]] == [0, 15]
+    assert [s.from_step for s in two.stages] == [0, 15]
     with pytest.raises(InputError, match="no estimate at step 3"):
         recompute(run, steps=[3])
     with pytest.raises(InputError, match="Gram"):
@@ -73,25 +73,25 @@ def test_subsets_rules_and_stages(run):
 def test_the_trajectory_follows_the_rule(run):
     """A two-stage pass 2 is made from the trajectory's weights, so a recomputed file must not keep those of the old rule."""
     out = recompute(run, rule=Rule(tau=0.1), steps=[10, 20])
-    assert [entry["step"] for entry in out["trajectory"]] == [10, 20]
-    for entry, d in zip(out["trajectory"], DELTAS[4:], strict=True):
-        np.testing.assert_allclose([entry["weights"][n] for n in NAMES], lld_weights(d, tau=0.1), rtol=1e-9)
-    assert out["last_weights"] == out["trajectory"][-1]["weights"]
+    assert [entry.step for entry in out.trajectory] == [10, 20]
+    for entry, d in zip(out.trajectory, DELTAS[4:], strict=True):
+        np.testing.assert_allclose([entry.weights[n] for n in NAMES], lld_weights(d, tau=0.1), rtol=1e-9)
+    assert out.last_weights == out.trajectory[-1].weights
 
 
 def test_two_stages_weight_by_time_as_training_does(run):
-    assert recompute(run, stages=2)["step_weights"] == "elapsed"
-    equal = recompute(run, stages=2, step_weights="equal")["stages"]
+    assert recompute(run, stages=2).step_weights == "elapsed"
+    equal = recompute(run, stages=2, step_weights="equal").stages
     closed = lld_weights(DELTAS[:5].mean(axis=0))  # estimates at 0, 1, 2, 4, 10; the boundary is 15
-    np.testing.assert_allclose([equal[0]["weights"][n] for n in NAMES], closed, rtol=1e-9)
+    np.testing.assert_allclose([equal[0].weights[n] for n in NAMES], closed, rtol=1e-9)
 
 
 def test_a_prior_is_kept_by_name(tmp_path):
     prior = (0.2, 0.3, 0.5)
-    fields = rule_fields(Rule(prior=prior), NAMES)
+    fields = Rule(prior=prior).to_json(NAMES)
     assert fields["prior"] == dict(zip(NAMES, prior, strict=True))
     path = save_weights(tmp_path / "w.json", dict(zip(NAMES[::-1], prior, strict=True)), **fields)
-    assert rule_of(read_weights_file(path)).prior == prior[::-1]
+    assert WeightsFile.load(path).made_by().prior == prior[::-1]
 
 
 GRAMS = [(lambda j: j @ j.T)(np.random.default_rng(t).normal(size=(3, 9))) for t in range(6)]
@@ -104,21 +104,24 @@ def fitted(run):
     for t, entry in enumerate(file["trajectory"]):
         drift = {"Pile-CC": 0.1 * t, "Github": 1.0, "Wikipedia (en)": -1.0}  # not in the order of the domains
         entry |= {"gram": GRAMS[t].tolist(), "gram_info": {"ridge": 0.5 + t, "drift": drift}}
-    run.write_text(json.dumps({**file, **rule_fields(Rule("adjusted-fit"))}))
+    run.write_text(json.dumps({**file, **Rule("adjusted-fit").to_json()}))
     return run
 
 
 def test_every_field_of_a_rule_is_kept():
-    rule = Rule("adjusted-fit", 2.0, 3.0, 5.0, 0.1, "corr", 0.5, (0.2, 0.3, 0.5), 0.3, 0.7)
-    fields = rule_fields(rule, NAMES)
-    assert rule_of(json.loads(json.dumps({"domains": NAMES, **fields}))) == rule
+    rule = Rule(
+        "adjusted-fit", tau=2.0, tau_end=3.0, step_size=5.0, floor=0.1, gram_scale="corr", ridge=0.5, prior=(0.2, 0.3, 0.5),
+        radius=0.3, fit_step=0.7,
+    )  # fmt: skip
+    fields = rule.to_json(NAMES)
+    assert Rule.from_json(json.loads(json.dumps(fields)), NAMES) == rule
     del fields["radius"], fields["fit_step"]  # a file of before these rules
-    old = rule_of({"domains": NAMES, **fields})
+    old = Rule.from_json(fields, NAMES)
     assert (old.radius, old.fit_step) == (0.1, "auto")
 
 
 def test_the_ridge_and_drift_of_an_estimate_are_used_offline(fitted):
-    _, _, grams = trajectory_arrays(read_weights_file(fitted))
+    _, _, grams = WeightsFile.load(fitted).arrays()
     assert [g.ridge for g in grams] == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5] and grams[2].drift.tolist() == [1.0, 0.2, -1.0]
     last = recompute(fitted, rule=Rule("adjusted"), aggregate="none")
     np.testing.assert_allclose(values(last), adjusted_lld_weights(GRAMS[-1], DELTAS[-1], ridge=5.5), rtol=1e-9)
@@ -136,18 +139,18 @@ def test_the_ridge_and_drift_of_an_estimate_are_used_offline(fitted):
 
 
 def test_a_fit_whose_domains_are_all_zero_somewhere_has_a_recipe(fitted):
-    w = np.array([[e["weights"][n] for n in NAMES] for e in recompute(fitted)["trajectory"]])
+    w = np.array([[e.weights[n] for n in NAMES] for e in recompute(fitted).trajectory])
     assert (w == 0).any(axis=0).all()  # the geometric mean does not exist
     with pytest.raises(InputError, match="geometric mean is 0"):
         aggregate_weights(w)
     for asked in ("geometric", "arithmetic"):
         out = recompute(fitted, aggregate=asked)
-        assert out["aggregate"] == "arithmetic" and len(out["weights_se"]) == 3
+        assert out.aggregate == "arithmetic" and len(out.weights_se) == 3
         np.testing.assert_allclose(values(out), w.mean(axis=0))
-    stages = recompute(fitted, stages=2)["stages"]
+    stages = recompute(fitted, stages=2).stages
     time = np.array([1, 1, 2, 6, 5, 0]) / 15  # the boundary is 15
-    np.testing.assert_allclose([stages[0]["weights"][n] for n in NAMES], time @ w)
-    assert sum(load_weights(save_weights(fitted.with_name("w.json"), out["weights"])).values()) == pytest.approx(1)
+    np.testing.assert_allclose([stages[0].weights[n] for n in NAMES], time @ w)
+    assert sum(load_weights(save_weights(fitted.with_name("w.json"), out.weights)).values()) == pytest.approx(1)
 
 
 def test_load_checks_names(run, tmp_path):
