@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from lldfast.errors import InputError
 from lldfast.weights.equations import (
     Array,
+    HasGram,
     V,
     Values,
     adjusted_direction,
@@ -28,9 +29,6 @@ from lldfast.weights.equations import (
     softmax,
     with_floor,
 )
-
-if TYPE_CHECKING:
-    from lldfast.gram import GramEstimate
 
 TIE_RIDGE = 1e-5  # of tr G / K: decides between equally good fits and moves no other
 MAX_LOGIT = 700.0  # exp(-700) is still a normal number: no weight becomes exactly zero, which a geometric mean would keep
@@ -78,7 +76,7 @@ def trust_region_tau(v: Array, radius: float, prior: Array | None = None) -> flo
 
 
 def trust_region_weights(
-    gram: ArrayLike | GramEstimate,
+    gram: ArrayLike | HasGram,
     delta: V,
     *,
     radius: float,
@@ -226,7 +224,7 @@ def simplex_fit(
 
 
 def fit_weights(
-    gram: ArrayLike | GramEstimate,
+    gram: ArrayLike | HasGram,
     delta: V,
     *,
     step: float | Literal["auto"] = "auto",
