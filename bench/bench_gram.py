@@ -43,7 +43,7 @@ from common import Method, parse, parser, peak_bytes, run, show, write
 
 import lldfast as lld
 from lldfast.data.evalset import EvalSet
-from lldfast.gram.estimate import split_groups
+from lldfast.gram.estimation import split_groups
 from lldfast.gram.rows import BYTES
 from lldfast.measure.loglik import delta as delta_of
 from lldfast.models.scorer import Scorer, load_scorer

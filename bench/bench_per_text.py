@@ -34,7 +34,7 @@ from common import Check, Method, distance, parse, parser, pytest_run, run, writ
 
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
-from lldfast.gram.per_text import per_text
+from lldfast.gram.texts import per_text
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig
 from lldfast.models.scorer import Scorer
 from lldfast.models.scoring import evaluating

@@ -1,4 +1,6 @@
-"""LLDController: when to estimate, from which Delta, and which weights follow. Every trainer's adapter wraps this object.
+"""LLDController: when to estimate, from which Delta, and which weights follow.
+
+It knows no training loop: whoever has one calls `step` before each optimiser step, and gives the mixture what comes back.
 
 controller = LLDController(evalset, target, steps=10_000, rule="iterative")
 for step in range(10_000):
@@ -12,6 +14,7 @@ fixed = controller.aggregate()               # eq. (8), the recipe for pass 2
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lldfast import gram as grams
 from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import InputError, renamed_arguments
 from lldfast.files import atomic_path
-from lldfast.measure.divergence import finite
+from lldfast.gram.options import GramOptions
+from lldfast.gram.step import GRAM_OPTIONS, estimate_step, info_line
 from lldfast.measure.loglik import LoglikVector, check_same_texts, delta
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
@@ -39,23 +42,18 @@ from lldfast.weights.recompute import REPLICATES
 from lldfast.weights.rules import Rule, StepGram, replay
 from lldfast.weights.simplex import Array
 
-# what `gram_options` may hold: the arguments of gram.estimate that are not the controller's own
-GRAM_OPTIONS = (
-    "mode", "k", "groups", "debias", "precondition", "budget_bytes", "batch_tokens", "seed", "target_kl", "ridge",
-)  # fmt: skip
-SKETCH_DRAWS = 100  # simulated sketches behind the standard errors of weights
-
 
 @renamed_arguments(normalize="per")
 class LLDController:
     """Algorithm 1's estimates: Delta_t = l(target) - l(base at t) at the steps of S, and the weights a rule makes of them.
 
     Attributes:
-        steps: estimates made so far, S.
+        estimated_at: steps of the estimates made so far, S of them.
+        total_steps: length of the run.
         deltas: Delta_t, S arrays [K] in nats per token, in the order of `domains`.
         weights: w_t, S arrays [K].
         grams: G_t, S arrays [K, K] in the unit of Delta_t squared per unit of parameter^2 (None for rules without G).
-        gram_info: about each G_t (see `trajectory`), S dicts or None.
+        gram_info: about each G_t (see `lldfast.gram.step.StepEstimate`), S dicts or None.
         replicates: bootstrap replicates of Delta_t, S arrays [B, K] (empty with bootstrap=0).
     """
 
@@ -106,13 +104,13 @@ class LLDController:
             raise InputError(f"gram_options has no entry {unknown[0]!r}; it takes {', '.join(GRAM_OPTIONS)}")
         self.evalset, self.target, self.tokenizer = evalset, target, tokenizer
         self.domains = list(evalset.domains)
-        self.total = steps
+        self.total_steps = steps
         self.rule = Rule(rule) if isinstance(rule, str) else rule
         if self.rule.prior is not None and len(self.rule.prior) != len(self.domains):
             raise InputError(f"the rule's prior has {len(self.rule.prior)} entries for {len(self.domains)} domains")
         self.at = set(estimation_steps(steps) if at is None else at)
         self.per, self.bootstrap, self.seed, self.batch_tokens = per, bootstrap, seed, batch_tokens
-        self.steps: list[int] = []
+        self.estimated_at: list[int] = []
         self.deltas: list[Array] = []
         self.weights: list[Array] = []
         self.grams: list[Array | None] = []
@@ -133,89 +131,50 @@ class LLDController:
         """
         if step not in self.at:
             return None
-        if self.steps and step <= self.steps[-1]:
-            raise InputError(f"step {step} comes after an estimate at step {self.steps[-1]}")
+        if self.estimated_at and step <= self.estimated_at[-1]:
+            raise InputError(f"step {step} comes after an estimate at step {self.estimated_at[-1]}")
         scorer = self._scorer(model)
         base = score(scorer, self.evalset, batch_tokens=self.batch_tokens)
         by_domain, _ = delta(self.target, base, per=self.per)
         values = np.array([by_domain[name] for name in self.domains])
-        if not self.steps:
-            self._base = base.meta["model"]  # theta_0, where weights were estimated first
+        progress = step / self.total_steps
         gram: StepGram | None = None
         info: dict[str, Any] | None = None
         if self.rule.needs_gram:
-            gram, info = self._estimate_gram(step, scorer, values, self._tokens_per_unit(base), optimizer)
-        elapsed = (step - self.steps[-1]) / self.total if self.steps else 0.0
-        self._logits = self.rule.logits(values, gram, step / self.total, elapsed, self._logits)
-        self.steps.append(step)
+            gram, info, self.gram_seconds = estimate_step(
+                scorer,
+                self.evalset,
+                self.rule,
+                values,
+                self._tokens_per_unit(base),
+                step=step,
+                progress=progress,
+                seed=self.seed,
+                options={"batch_tokens": min(GramOptions.batch_tokens, self.batch_tokens), **self.gram_options},
+                optimizer=optimizer,
+            )
+        elapsed = (step - self.estimated_at[-1]) / self.total_steps if self.estimated_at else 0.0
+        logits = self.rule.logits(values, gram, progress, elapsed, self._logits)
+        weights = self.rule.weights(logits)
+        replicates = self._replicates(base) if self.bootstrap else None
+        # Nothing is kept before all of it stands: a caller may catch an error and go on.
+        if not self.estimated_at:
+            self._base = base.meta["model"]  # the model that weights were estimated for first
+        self._logits = logits
+        self.estimated_at.append(step)
         self.deltas.append(values)
         self.grams.append(None if gram is None else gram.matrix)
         self.gram_info.append(info)
-        self.weights.append(self.rule.weights(self._logits))
-        if self.bootstrap:
-            self.replicates.append(self._replicates(base))
+        self.weights.append(weights)
+        if replicates is not None:
+            self.replicates.append(replicates)
         return dict(zip(self.domains, self.weights[-1].tolist(), strict=True))
 
-    def _estimate_gram(
-        self, step: int, scorer: Scorer, values: Array, unit: Array, optimizer: torch.optim.Optimizer | None
-    ) -> tuple[StepGram, dict[str, Any]]:
-        """G_t in the unit of Delta, and its entry of `gram_info`. `unit` [K] is tokens per unit of Delta: G's rows are per
-        token, so that G becomes U G U and the drift U drift; the ridge stays the same share of tr G."""
-        options = {"batch_tokens": min(4096, self.batch_tokens), **self.gram_options}
-        options["seed"] = options.get("seed", self.seed) + step
-        if options.get("precondition") == "adamw":
-            if optimizer is None:
-                raise InputError("gram_options has precondition 'adamw': give LLDController.step the optimizer of the run")
-            options["precondition"] = optimizer
-        per_token, progress = values / unit, step / self.total
-        # only std(delta) / tau counts, which must not change with the unit
-        tau = self.rule.planned_tau(values, progress) * (float(per_token.std()) / (float(values.std()) or 1.0) or 1.0)
-        estimate = grams.estimate(scorer, self.evalset, delta=per_token, tau=tau, **options)
-        matrix = estimate.matrix(self.domains)
-        gram = matrix * np.outer(unit, unit)
-        ridge = None if estimate.ridge is None else float(estimate.ridge * gram.trace() / matrix.trace())
-        drift = None
-        if estimate.drift is not None:
-            found = dict(zip(estimate.domains, np.asarray(estimate.drift).tolist(), strict=True))
-            drift = np.array([found[name] for name in self.domains]) * unit
-        result = StepGram(gram, ridge, drift)
-        self.gram_seconds = float(estimate.seconds)
-        info: dict[str, Any] = {
-            "mode": estimate.mode,
-            "k": estimate.k,
-            "ridge": ridge,
-            "drift": None if drift is None else self._named(drift),
-            "expected_error": finite(estimate.expected_error),
-            "debiased": int(sum(estimate.debiased)),
-        }
-        reading = self.rule.reading(values, result, progress)
-        info |= {key: None if value is None else finite(value) for key, value in reading.items()}
-        errors = None
-        if estimate.k is not None:
-            found = dict(zip(estimate.domains, np.asarray(estimate.naive_diagonal).tolist(), strict=True))
-            naive = np.array([found[name] for name in self.domains]) * unit**2
-            errors = self._sketch_errors(values, result, naive, progress, estimate.k, step)
-        return result, info | {"weights_se": errors}
-
-    def _sketch_errors(
-        self, values: Array, gram: StepGram, naive: Array, progress: float, k: int, step: int
-    ) -> dict[str, float] | None:
-        """Standard errors of the weights from a sketch of size k: the rule on simulated ones. None where G is noise alone.
-
-        Rows were sketched with the noise of their texts, so their Gram matrix S is G with its naive diagonal [K]. Of a Gaussian
-        sketch it comes back as S^1/2 W S^1/2 with W ~ Wishart_K(k, I) / k; the fold's varies at most as much.
-        """
-        taken_out = np.diag(naive - gram.matrix.diagonal())
-        eigenvalues, vectors = np.linalg.eigh(gram.matrix + taken_out)
-        root = vectors * np.sqrt(np.clip(eigenvalues, 0.0, None))
-        rng = np.random.default_rng([self.seed, step])
-        rows = []
-        for _ in range(SKETCH_DRAWS):
-            half = root @ _bartlett(rng, len(values), k)
-            drawn = gram._replace(matrix=half @ half.T / k - taken_out)
-            if np.linalg.eigvalsh(drawn.matrix)[-1] > 0:
-                rows.append(self.rule.weights(self.rule.logits(values, drawn, progress, 0.0, np.zeros(len(values)))))
-        return self._named(np.stack(rows).std(axis=0, ddof=1)) if len(rows) > SKETCH_DRAWS // 2 else None
+    @property
+    def steps(self) -> list[int]:
+        """Deprecated name of `estimated_at`."""
+        warnings.warn("LLDController.steps is now called estimated_at", DeprecationWarning, stacklevel=2)
+        return self.estimated_at
 
     def gram_line(self) -> str:
         """The last estimate of G in one line: how it was made, and how far v = G^-1 Delta may be off for it.
@@ -226,14 +185,7 @@ class LLDController:
         info = self.gram_info[-1] if self.gram_info else None
         if info is None:
             raise InputError("there is no estimate of G")
-        size = "" if info["k"] is None else f" k {info['k']:,}"
-        wrong = info["expected_error"]
-        error = "unknown" if wrong is None else f"{100 * wrong:.2g} %"
-        shape = "" if info["condition"] is None else f", condition {info['condition']:.1e}"
-        return (
-            f"G at step {self.steps[-1]}: {info['mode']}{size}, expected error of v {error}{shape}, "
-            f"ridge {info['ridge_used']:.2g}, {info['debiased']}/{len(self.domains)} domains debiased, {self.gram_seconds:.1f} s"
-        )
+        return f"G at step {self.estimated_at[-1]}: {info_line(info, len(self.domains), self.gram_seconds)}"
 
     def _named(self, values: Array) -> dict[str, float]:
         return dict(zip(self.domains, values.tolist(), strict=True))
@@ -275,11 +227,11 @@ class LLDController:
 
         The geometric mean of "adjusted-fit", whose weights have zeros, is replaced by the arithmetic one (`rules.aggregation`).
         """
-        if not self.steps:
+        if not self.estimated_at:
             raise InputError("there is no estimate to aggregate: LLDController.step was never called at a step of S")
         plan = combine(
-            self.steps,
-            self.total,
+            self.estimated_at,
+            self.total_steps,
             np.stack(self.weights),
             aggregate=aggregation(self.rule.name, method),
             step_weights=step_weights or default_step_weights(self.rule.name),
@@ -293,16 +245,15 @@ class LLDController:
         how = step_weights or default_step_weights(self.rule.name)
         stack = np.stack(self.replicates)  # [S, B, K]
         mean = aggregation(self.rule.name, method)
-        errors = recipe_errors(self.rule, self.steps, self.total, stack, self._step_grams(), aggregate=mean, step_weights=how)
+        errors = recipe_errors(
+            self.rule, self.estimated_at, self.total_steps, stack, self._step_grams(), aggregate=mean, step_weights=how
+        )
         return dict(zip(self.domains, errors.tolist(), strict=True))
 
     def trajectory(self) -> list[dict[str, Any]]:
         """One JSON-able entry per estimate: step, delta, delta_se, weights, gram, gram_info, effective_domains.
 
-        "gram_info" is None for rules without G. Else it holds "mode", "k" (None without a sketch) and "expected_error" (relative,
-        of v = G^-1 Delta, by the sketch or rounding) of the estimate; "ridge" (chosen with it, in the unit of G; None where it
-        chose none) and "drift" ({domain: value} or None), which `replay` needs; "debiased", the number of domains whose diagonal
-        was; "weights_se", standard errors of the weights by the sketch ({domain: value}; None without one); and `Rule.reading`.
+        "gram_info" is None for rules without G; else see `lldfast.gram.step.StepEstimate`.
         """
         return [estimate.to_json() for estimate in self.estimates()]
 
@@ -317,7 +268,7 @@ class LLDController:
                 gram=None if gram is None else gram.tolist(),
                 gram_info=self.gram_info[i],
             )
-            for i, (step, gram) in enumerate(zip(self.steps, self.grams, strict=True))
+            for i, (step, gram) in enumerate(zip(self.estimated_at, self.grams, strict=True))
         ]
 
     def record(self, *, aggregate: str = "geometric", step_weights: str | None = None) -> WeightsFile:
@@ -336,7 +287,7 @@ class LLDController:
             self.aggregate(method=mean, step_weights=how),
             trajectory=self.estimates(),
             weights_se=self.aggregate_errors(method=mean, step_weights=how),
-            total_steps=self.total,
+            total_steps=self.total_steps,
             per=self.per,
             base=self._base,
             target=target,
@@ -380,7 +331,7 @@ class LLDController:
             return None
         stack = np.stack(self.replicates).transpose(1, 0, 2)  # [B, S, K]
         kept = self._step_grams()
-        errors = standard_errors(stack, lambda deltas: replay(self.rule, self.steps, self.total, deltas, kept)[-1])
+        errors = standard_errors(stack, lambda deltas: replay(self.rule, self.estimated_at, self.total_steps, deltas, kept)[-1])
         return dict(zip(self.domains, errors.tolist(), strict=True))
 
     def save_replicates(self, path: str | Path) -> None:
@@ -388,7 +339,7 @@ class LLDController:
         if self.replicates:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.savez_compressed(
-                    file, steps=np.array(self.steps), deltas=np.stack(self.replicates), domains=np.array(self.domains)
+                    file, steps=np.array(self.estimated_at), deltas=np.stack(self.replicates), domains=np.array(self.domains)
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -397,9 +348,9 @@ class LLDController:
         made = [i for i, g in enumerate(self.grams) if g is not None]
         return {
             "domains": np.array(self.domains),
-            "steps": np.array(self.steps, dtype=np.int64),
-            "deltas": np.array(self.deltas).reshape(len(self.steps), k),
-            "weights": np.array(self.weights).reshape(len(self.steps), k),
+            "steps": np.array(self.estimated_at, dtype=np.int64),
+            "deltas": np.array(self.deltas).reshape(len(self.estimated_at), k),
+            "weights": np.array(self.weights).reshape(len(self.estimated_at), k),
             "grams": np.array([self.grams[i] for i in made]).reshape(len(made), k, k),
             "replicates": np.array(self.replicates).reshape(len(self.replicates), -1, k)
             if self.replicates
@@ -420,19 +371,11 @@ class LLDController:
         stored = np.asarray(state.get("domains", self.domains)).tolist()
         if stored != self.domains:
             raise InputError(f"the state is of the domains {stored}, in this order; the controller has {self.domains}")
-        self.steps = [int(step) for step in state["steps"]]
+        self.estimated_at = [int(step) for step in state["steps"]]
         self.deltas, self.weights = list(state["deltas"]), list(state["weights"])
-        self.grams = list(state["grams"]) if len(state["grams"]) else [None] * len(self.steps)
+        self.grams = list(state["grams"]) if len(state["grams"]) else [None] * len(self.estimated_at)
         # a state of before ridges were stored has no such entry: its rules go by their own ridge
-        self.gram_info = json.loads(str(state["gram_info"])) if "gram_info" in state else [None] * len(self.steps)
+        self.gram_info = json.loads(str(state["gram_info"])) if "gram_info" in state else [None] * len(self.estimated_at)
         self.replicates = list(state["replicates"])
         self._logits = state["logits"].copy()
         self._base = json.loads(str(state["base"])) if "base" in state else None  # a state of before it was stored
-
-
-def _bartlett(rng: np.random.Generator, size: int, k: int) -> Array:
-    """A [size, min(size, k)] with A A^T ~ Wishart(k, I): Bartlett's triangle of chi and normal variables."""
-    if k < size:
-        return rng.normal(size=(size, k))
-    lower = np.tril(rng.normal(size=(size, size)), -1)
-    return lower + np.diag(np.sqrt(rng.chisquare(k - np.arange(size))))

@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -163,6 +165,11 @@ def test_gram_options_on_the_command_line():
     fit = parse_config(["--lld.fit_step=0.5", "--lld.radius", "0.02"]).lld.rule("adjusted-fit", (0.5, 0.5))
     assert (fit.fit_step, fit.radius, fit.prior) == (0.5, 0.02, (0.5, 0.5))
     assert parse_config(["--lld.fit_step=auto"]).lld.rule("adjusted-fit").fit_step == "auto"
+
+
+def test_the_configuration_is_read_without_torch():
+    code = "import sys, lldfast.run.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_every_option_of_a_rule_reaches_it():

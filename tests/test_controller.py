@@ -4,16 +4,19 @@ import dataclasses
 import inspect
 import json
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from lldfast import gram as grams
 from lldfast.controller import GRAM_OPTIONS, LLDController
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import InputError
+from lldfast.gram import estimate
+from lldfast.gram import step as gram_step
+from lldfast.gram.options import HELP, MODES, GramOptions
 from lldfast.measure.loglik import delta
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
@@ -129,16 +132,34 @@ class FakeEstimate:
 def fake(monkeypatch):
     def install(**options):
         found = FakeEstimate(**options)
-        monkeypatch.setattr(grams, "estimate", found)
+        monkeypatch.setattr(gram_step, "estimate", found)
         return found
 
     return install
 
 
 def test_the_estimate_takes_what_the_controller_gives():
-    taken = inspect.signature(grams.estimate).parameters
-    assert {*GRAM_OPTIONS, "delta", "tau"} <= set(taken) and set(GramConfig().options()) <= set(GRAM_OPTIONS)
+    taken = inspect.signature(estimate).parameters
+    assert taken.keys() == {"model", "evalset", "delta", "tau", *GRAM_OPTIONS}
     assert taken.keys() == inspect.signature(FakeEstimate.__call__).parameters.keys() - {"self"}
+
+
+def test_options_are_stated_once():
+    """The signature of `gram.estimate`, which people read, has the defaults and modes of `GramOptions`."""
+    taken = inspect.signature(estimate, eval_str=True).parameters
+    defaults = GramOptions().keywords()
+    assert {name: taken[name].default for name in defaults} == defaults
+    assert get_args(taken["mode"].annotation) == MODES
+    names = [f.name for f in dataclasses.fields(GramOptions)]
+    assert list(HELP) == names == [f.name for f in dataclasses.fields(GramConfig)] and GramConfig().options() == defaults
+    assert all(f"{name}: {meaning}" in inspect.getdoc(GramOptions) for name, meaning in HELP.items())
+
+
+def test_the_old_name_of_the_steps_is_deprecated():
+    c = controller()
+    c.step(0, BASE)
+    with pytest.warns(DeprecationWarning, match="estimated_at"):
+        assert c.steps == c.estimated_at == [0]
 
 
 def test_options_of_the_estimate(fake):

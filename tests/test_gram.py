@@ -16,9 +16,10 @@ from lldfast import gram
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import CorruptError, InputError, TrainingError
-from lldfast.gram import stats
-from lldfast.gram.estimate import choose, split_groups
-from lldfast.gram.rows import Rows
+from lldfast.gram.debias import domain_gram
+from lldfast.gram.estimation import choose, split_groups
+from lldfast.gram.rows import GradientRows
+from lldfast.gram.sketch_error import expected_weight_kl, relative_error
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
@@ -110,7 +111,7 @@ def test_stochastic_rounding_is_unbiased():
     for mode in ("bf16", "int8", "int4"):
         many = []
         for seed in range(200):
-            rows = Rows(["a", "b", "c"], (0, 700), mode, seed, torch.device("cpu"))
+            rows = GradientRows(["a", "b", "c"], (0, 700), mode, seed, torch.device("cpu"))
             for name, row in zip("abc", J, strict=True):
                 rows.add(name, 0, 0, row[:300] * 7)
                 rows.add(name, 0, 300, row[300:] * 7)
@@ -145,7 +146,7 @@ def sketched(scorer, seeds, k):
     keys = list(kept)
     J = torch.stack([kept[key] for key in keys]).double()
     domain, n = np.array([APART.domains.index(d) for d, _ in keys]), np.array([tokens[key] for key in keys])
-    exact = stats.domain_gram((J @ J.T).numpy(), domain, n)[0]
+    exact = domain_gram((J @ J.T).numpy(), domain, n)[0]
     grams = []
     for seed in range(seeds):
         acc = gram.Accumulator(size, APART.domains, k, seed)
@@ -166,9 +167,9 @@ def test_fold_error_and_kl_are_the_formulas(scorer):
         dv = np.linalg.solve(got, delta) - v
         errors.append(dv @ exact @ dv / (v @ exact @ v))
         kls.append(float((w * np.log(w / adjusted_lld_weights(got, delta, ridge=0.0))).sum()))
-    formula = stats.relative_error(3, k)
+    formula = relative_error(3, k)
     assert 0.75 * formula < np.sqrt(np.mean(errors)) < 1.25 * formula
-    predicted = stats.expected_weight_kl(exact, delta, k, 1.0, normalise="spread")
+    predicted = expected_weight_kl(exact, delta, k, 1.0, gram_scale="spread")
     assert predicted / 1.5 < np.mean(kls) < predicted * 1.5
 
 

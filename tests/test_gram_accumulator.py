@@ -13,7 +13,7 @@ from lldfast import gram
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import CorruptError, InputError, TrainingError
-from lldfast.gram.estimate import _token_counts, _Work, split_groups
+from lldfast.gram.estimation import _token_counts, _Work, split_groups
 from lldfast.gram.precondition import of_optimizer
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer

@@ -1,7 +1,6 @@
 """gram.per_text: every row against autograd on its text alone, whether hooks know the model's modules or not."""
 
 import gc
-import importlib
 import weakref
 
 import numpy as np
@@ -15,14 +14,15 @@ from torch.utils._pytree import tree_leaves
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import InputError, TrainingError
+from lldfast.gram import texts
 from lldfast.gram.collector import Layout
-from lldfast.gram.per_text import per_text
+from lldfast.gram.hooks import BatchRun
+from lldfast.gram.texts import per_text
 from lldfast.models.gpt import GPT, GPTConfig
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.models.scoring import batches, evaluating, token_logprobs
 from lldfast.ops.sketch.fold import fold
 
-module = importlib.import_module("lldfast.gram.per_text")  # the package may name its function so
 K, SEED = 512, 11
 TEXTS = [
     "hello world, this is a text",
@@ -47,12 +47,12 @@ def runs(monkeypatch):
     """Numbers of texts of the batches that were done, in order."""
     found = []
 
-    class Run(module.Run):
+    class Counted(BatchRun):
         def __init__(self, setting, batch, n, projections):
             found.append(n)
             super().__init__(setting, batch, n, projections)
 
-    monkeypatch.setattr(module, "Run", Run)
+    monkeypatch.setattr(texts, "BatchRun", Counted)
     return found
 
 

@@ -7,23 +7,47 @@ model are K rows of P numbers, which a sketch of k numbers each replaces (ops/sk
 `estimate` does it for a model and an evaluation corpus. `Collector` does it around any backward pass of yours, `Accumulator` from
 gradients that you already have; `per_text` sketches the gradient of every single text; `fidelity` measures how well G predicts
 what a step of your own optimiser does.
+
+Names are loaded when they are first used, so that reading the options of an estimate does not import torch.
 """
 
-from lldfast.gram.accumulator import Accumulator
-from lldfast.gram.collector import Collector, Layout
-from lldfast.gram.estimate import estimate
-from lldfast.gram.fidelity import Fidelity, fidelity
-from lldfast.gram.per_text import PerTextSketches, per_text
-from lldfast.gram.result import GramEstimate
+from __future__ import annotations
 
-__all__ = [
-    "Accumulator",
-    "Collector",
-    "Fidelity",
-    "GramEstimate",
-    "Layout",
-    "PerTextSketches",
-    "estimate",
-    "fidelity",
-    "per_text",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_NAMES = {
+    "Accumulator": "accumulator",
+    "Collector": "collector",
+    "Fidelity": "prediction",
+    "GramEstimate": "result",
+    "GramOptions": "options",
+    "Layout": "collector",
+    "PerTextSketches": "texts",
+    "estimate": "estimation",
+    "fidelity": "prediction",
+    "per_text": "texts",
+}
+
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"lldfast.gram.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'lldfast.gram' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+# ruff: noqa: F401  (for type checkers and editors; at run time __getattr__ loads these)
+if TYPE_CHECKING:
+    from lldfast.gram.accumulator import Accumulator
+    from lldfast.gram.collector import Collector, Layout
+    from lldfast.gram.estimation import estimate
+    from lldfast.gram.options import GramOptions
+    from lldfast.gram.prediction import Fidelity, fidelity
+    from lldfast.gram.result import GramEstimate
+    from lldfast.gram.texts import PerTextSketches, per_text

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path
-from lldfast.gram import stats
+from lldfast.gram.debias import domain_gram
 from lldfast.ops.sketch.fold import check_k, fold
 from lldfast.ops.sketch.philox import check_seed
 
@@ -226,7 +226,7 @@ class Accumulator:
         counted.
 
         Args:
-            debias: take the noise of finitely many texts out of the diagonal (`stats.domain_gram`); needs counts.
+            debias: take the noise of finitely many texts out of the diagonal (`domain_gram`); needs counts.
 
         Raises:
             InputError: a domain without a gradient, or debias without counts.
@@ -237,7 +237,7 @@ class Accumulator:
                 raise InputError("debias=True needs the tokens of every group: call count(domain, group, tokens)")
             member = np.equal.outer(np.arange(len(self.domains)), domain).astype(np.float64)
             return member @ table @ member.T
-        return stats.domain_gram(table, domain, tokens, debias=debias)[0]
+        return domain_gram(table, domain, tokens, debias=debias)[0]
 
     def save(self, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> None:
         """Write .npz, atomically: `header` (JSON: format, n_params, domains, k, seed, layout, units, meta), the sketches and

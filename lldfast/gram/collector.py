@@ -64,7 +64,7 @@ class Layout:
 
 
 class Sink(Protocol):
-    """What a collector gives gradients to: an Accumulator, or rows (rows.py)."""
+    """What a collector gives gradients to: an Accumulator, rows (rows.py) or second moments (precondition.py)."""
 
     def add(
         self, domain: str, group: int, offset: int, tensor: Tensor, scale: Tensor | None = None, dot: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Per-text gradients out of one backward pass: hooks on a model's modules, and the folds of what they bring (per_text.py)."""
+"""Per-text gradients out of one backward pass: hooks on a model's modules, and the folds of what they bring (texts.py)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Call:
     replaced: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
-class Run:
+class BatchRun:
     """One batch on its way: n texts, each in `windows` rows of the batch."""
 
     def __init__(self, setting: Setting, batch: Batch, n: int, projections: int) -> None:
@@ -354,7 +354,7 @@ class Run:
 class HeadUse:
     """The head of a scorer that keeps it apart, on the hidden states of a batch: logits = softcap(s (H W^T + bias))."""
 
-    def __init__(self, run: Run, head: Head, hidden: Tensor) -> None:
+    def __init__(self, run: BatchRun, head: Head, hidden: Tensor) -> None:
         self.run, self.head = run, head
         self.weight, self.bias = run.setting.slots.get(id(head.weight)), run.setting.slots.get(id(head.bias))
         self.hidden = run.by_text(hidden)  # [n, T, d]

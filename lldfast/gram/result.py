@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lldfast.data.evalset import EvalSet
-from lldfast.errors import CorruptError, InputError
+from lldfast.errors import CorruptError, InputError, renamed_arguments
 from lldfast.files import atomic_path
-from lldfast.gram import stats
 from lldfast.gram.accumulator import read_npz
+from lldfast.gram.jackknife import BLOCKS, Jackknife, jackknife
+from lldfast.gram.sketch_error import direction_covariance, effective_size, expected_weight_kl
 from lldfast.weights.equations import MAX_CONDITION, AdjustedDirection, adjusted_direction, adjusted_lld_weights
 from lldfast.weights.simplex import align
 
@@ -92,8 +93,8 @@ class GramEstimate:
 
     @property
     def effective_k(self) -> float:
-        """What stands for k in formulas of errors (`stats.effective_size`); inf where a sketch has no error or there is none."""
-        return float("inf") if self.k is None else stats.effective_size(self.k, int(self.extra["n_params"]))
+        """What stands for k in formulas of errors (`effective_size`); inf where a sketch has no error or there is none."""
+        return float("inf") if self.k is None else effective_size(self.k, int(self.extra["n_params"]))
 
     def _problem(self, delta: Mapping[str, float] | ArrayLike, ridge: float | Literal["auto"]) -> tuple[Array, float]:
         """Delta [K], and the ridge to solve with: enough for a G that leaving out a group makes indefinite."""
@@ -105,9 +106,10 @@ class GramEstimate:
         amount = self.ridge or adjusted_direction(self.gram, d).ridge
         return d, max(amount, float(np.trace(self.gram)) / len(d) / MAX_CONDITION)
 
+    @renamed_arguments(normalise="gram_scale")
     def direction(
-        self, delta: Mapping[str, float] | ArrayLike, *, normalise: str = "spread", ridge: float | Literal["auto"] = "auto"
-    ) -> tuple[AdjustedDirection, stats.Jackknife]:
+        self, delta: Mapping[str, float] | ArrayLike, *, gram_scale: str = "spread", ridge: float | Literal["auto"] = "auto"
+    ) -> tuple[AdjustedDirection, Jackknife]:
         """v = G^-1 Delta with its offset, contrast and condition, and the jackknife of v over the texts (`.se`, `.interval()`).
 
         Args:
@@ -116,59 +118,59 @@ class GramEstimate:
         d, amount = self._problem(delta, ridge)
 
         def v_of(gram: Array) -> Array:
-            return adjusted_direction(gram, d, normalise=normalise, ridge=amount).v
+            return adjusted_direction(gram, d, gram_scale=gram_scale, ridge=amount).v
 
         direction = v_of(self.gram)
         # where rows were kept whole, the jackknife's own G is sketched: its spread counts, not its value
-        jackknife = dataclasses.replace(self.jackknife(v_of), value=direction)
-        return adjusted_direction(self.gram, d, normalise=normalise, ridge=amount), jackknife
+        spread = dataclasses.replace(self.jackknife(v_of), value=direction)
+        return adjusted_direction(self.gram, d, gram_scale=gram_scale, ridge=amount), spread
 
+    @renamed_arguments(normalise="gram_scale")
     def weights(
         self,
         delta: Mapping[str, float] | ArrayLike,
         *,
         tau: float = 1.0,
-        normalise: str = "spread",
+        gram_scale: str = "spread",
         ridge: float | Literal["auto"] = "auto",
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Eq. (6)'s weights and their standard errors over the texts behind G and its sketch (Delta held fixed), by domain.
 
-        The error of texts is a jackknife, that of the sketch a formula (`stats.direction_covariance`); they add in squares. It is
+        The error of texts is a jackknife, that of the sketch a formula (`direction_covariance`); they add in squares. It is
         NaN for a domain in a single group, whose noise nothing measures; the others' errors then lack its share.
         """
         d, amount = self._problem(delta, ridge)
 
         def w_of(gram: Array) -> Array:
-            return np.asarray(adjusted_lld_weights(gram, d, tau=tau, normalise=normalise, ridge=amount))
+            return np.asarray(adjusted_lld_weights(gram, d, tau=tau, gram_scale=gram_scale, ridge=amount))
 
-        w, jackknife = w_of(self.gram), self.jackknife(w_of)
-        covariance = stats.direction_covariance(
-            self.gram, d, self.effective_k, normalise=normalise, ridge=amount, sketched=self.sketched
+        w, spread = w_of(self.gram), self.jackknife(w_of)
+        covariance = direction_covariance(
+            self.gram, d, self.effective_k, gram_scale=gram_scale, ridge=amount, sketched=self.sketched
         )
         h = np.diag(w) - np.outer(w, w)
-        error = np.sqrt(jackknife.se**2 + np.diag(h @ covariance @ h) / tau**2)
-        error[list(jackknife.unmeasured)] = np.nan
+        error = np.sqrt(spread.se**2 + np.diag(h @ covariance @ h) / tau**2)
+        error[list(spread.unmeasured)] = np.nan
         named = [dict(zip(self.domains, x.tolist(), strict=True)) for x in (w, error)]
         return named[0], named[1]
 
-    def jackknife(self, statistic: Callable[[Array], Array]) -> stats.Jackknife:
-        """Error over the texts of anything that is made from G, by leaving out a group at a time (`stats.jackknife`)."""
-        return stats.jackknife(
-            self.products, self.group_domain, self.group_tokens, statistic, debias=any(self.debiased), blocks=stats.BLOCKS
-        )
+    def jackknife(self, statistic: Callable[[Array], Array]) -> Jackknife:
+        """Error over the texts of anything that is made from G, by leaving out a group at a time (jackknife.py)."""
+        return jackknife(self.products, self.group_domain, self.group_tokens, statistic, debias=any(self.debiased), blocks=BLOCKS)
 
+    @renamed_arguments(normalise="gram_scale")
     def expected_kl(
         self,
         delta: Mapping[str, float] | ArrayLike,
         *,
         tau: float = 1.0,
-        normalise: str = "spread",
+        gram_scale: str = "spread",
         ridge: float | Literal["auto"] = "auto",
     ) -> float:
         """Expected KL(w || w of an unsketched G) in nats, by the sketch; 0 with rows kept whole."""
         d, amount = self._problem(delta, ridge)
-        return stats.expected_weight_kl(
-            self.gram, d, self.effective_k, tau, normalise=normalise, ridge=amount, sketched=self.sketched
+        return expected_weight_kl(
+            self.gram, d, self.effective_k, tau, gram_scale=gram_scale, ridge=amount, sketched=self.sketched
         )
 
     def summary(self) -> str:

@@ -19,7 +19,7 @@ SCALED = 128  # neighbouring numbers that share a scale
 CHUNK = 1 << 18
 
 
-class Rows:
+class GradientRows:
     """Sums of gradients by domain, one row of `window` each.
 
     Attributes:

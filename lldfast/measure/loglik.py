@@ -186,13 +186,10 @@ def check_same_texts(a: HasTexts, b: HasTexts, names: tuple[str, str] = ("one", 
         InputError: naming the first text that differs.
     """
     if len(a.text_hash) != len(b.text_hash):
-        raise InputError(
-            f"different texts: {names[0]} ({len(a.text_hash)} texts) and {names[1]} ({len(b.text_hash)} texts)"
-        )
+        raise InputError(f"different texts: {names[0]} ({len(a.text_hash)} texts) and {names[1]} ({len(b.text_hash)} texts)")
     for i in np.flatnonzero((a.text_hash != b.text_hash) | (a.domain != b.domain))[:1]:
         raise InputError(
-            f"different texts: {names[0]} and {names[1]} differ at text {i} "
-            f"(domains {a.domain[i]} and {b.domain[i]})"
+            f"different texts: {names[0]} and {names[1]} differ at text {i} (domains {a.domain[i]} and {b.domain[i]})"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from lldfast.errors import InputError, deprecated
+from lldfast.gram.options import GramOptions
 from lldfast.run.methods import DistillConfig, Method, parse_method
 from lldfast.schedule import estimation_steps
 from lldfast.weights.rules import Rule, RuleOptions
@@ -129,58 +130,12 @@ class LLDConfig(RuleOptions):
 
 
 @dataclass
-class GramConfig:
-    """How the "adjusted" rules estimate G; see `lldfast.gram.estimate`. Other rules do not read it.
-
-    Attributes:
-        mode: "exact" keeps the K rows of J in fp32, "sharded" each rank's slice of them, "bf16", "int8" and "int4" rounded
-            rows, "fold" a sketch of each row; "auto" takes the first of them that fits the budget.
-        k: numbers per sketch, a power of two; "auto" is as few as keep the weights within target_kl. Modes auto and fold.
-        groups: groups of texts per domain, from which the noise of finitely many texts is told and taken out.
-        debias: take it out of the diagonal.
-        precondition: "adamw" makes it J M^-1 J^T with the second moment of the run's optimizer, whose steps that describes.
-        budget_mb: memory for rows or sketches, MiB; unset leaves the choice to `gram.estimate`.
-        target_kl: of k "auto": expected KL between the weights of the true G and of the sketched one, nats.
-        batch_tokens: tokens of a batch, whose activations the backward pass holds.
-    """
-
-    mode: Literal["auto", "exact", "sharded", "bf16", "int8", "int4", "fold"] = "auto"
-    k: int | Literal["auto"] = "auto"
-    groups: int = 8
-    debias: bool = True
-    precondition: Literal["none", "adamw"] = "none"
-    budget_mb: float | None = None
-    target_kl: float = 1e-4
-    batch_tokens: int = 4096
-
-    def check(self) -> None:
-        """Raises InputError naming the parameter."""
-        if self.k != "auto":
-            if self.k < 1 or self.k & (self.k - 1):
-                raise InputError(f"gram.k must be a power of two or auto, got {self.k}")
-            if self.mode not in ("auto", "fold"):
-                raise InputError(f"gram.k is the size of a sketch: mode {self.mode!r} has none (gram.mode fold has)")
-        if self.groups < 1 or self.batch_tokens < 1:
-            raise InputError("gram.groups and gram.batch_tokens must be >= 1")
-        if self.debias and self.groups == 1:
-            raise InputError("gram.debias compares groups of texts: gram.groups must be >= 2 (or gram.debias false)")
-        if self.budget_mb is not None and not 0 < self.budget_mb < math.inf:
-            raise InputError(f"gram.budget_mb must be > 0 and finite, or null, got {self.budget_mb}")
-        if not 0 < self.target_kl < math.inf:
-            raise InputError(f"gram.target_kl must be > 0 and finite, got {self.target_kl}")
+class GramConfig(GramOptions):
+    """How the "adjusted" rules estimate G; see `lldfast.gram.estimate`. Other rules do not read it."""
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `gram.estimate`; "adamw" stands for the optimizer that `LLDController.step` is given."""
-        return {
-            "mode": self.mode,
-            "k": self.k,
-            "groups": self.groups,
-            "debias": self.debias,
-            "precondition": None if self.precondition == "none" else self.precondition,
-            "budget_bytes": None if self.budget_mb is None else int(self.budget_mb * 2**20),
-            "target_kl": self.target_kl,
-            "batch_tokens": self.batch_tokens,
-        }
+        return self.keywords()
 
 
 @dataclass
@@ -295,7 +250,7 @@ class Config:
             for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout"):
                 if getattr(self.model, name) is not None:
                     raise InputError(f"model.{name} cannot be changed: the shape is that of model.init {self.model.init}")
-        self.gram.check()
+        self.gram.check("gram.")
         if not self.methods:
             raise InputError("methods is empty: nothing to train")
         if len(set(self.methods)) != len(self.methods):

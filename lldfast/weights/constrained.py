@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lldfast.errors import InputError, renamed_arguments
-from lldfast.weights.equations import V, adjusted_direction, named_problem, regularised
+from lldfast.weights.equations import HasGram, V, adjusted_direction, named_problem, regularised
 from lldfast.weights.simplex import Array, Values, align, like, log_prior, simplex, softmax, with_floor
-
-if TYPE_CHECKING:
-    from lldfast.gram import GramEstimate
 
 TIE_RIDGE = 1e-5  # of tr G / K: decides between equally good fits and moves no other
 MAX_LOGIT = 700.0  # exp(-700) is still a normal number: no weight becomes exactly zero, which a geometric mean would keep
@@ -67,7 +64,7 @@ def trust_region_tau(v: Array, radius: float, prior: Array | None = None) -> flo
 
 @renamed_arguments(normalise="gram_scale")
 def trust_region_weights(
-    gram: ArrayLike | GramEstimate,
+    gram: ArrayLike | HasGram,
     delta: V,
     *,
     radius: float,
@@ -215,7 +212,7 @@ def simplex_fit(
 
 
 def fit_weights(
-    gram: ArrayLike | GramEstimate,
+    gram: ArrayLike | HasGram,
     delta: V,
     *,
     step: float | Literal["auto"] = "auto",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,10 +19,23 @@ from numpy.typing import ArrayLike, NDArray
 from lldfast.errors import InputError, renamed_arguments
 from lldfast.weights.simplex import Array, Values, align, like, log, log_prior, names_of, numbers, simplex, softmax, with_floor
 
-if TYPE_CHECKING:
-    from lldfast.gram import GramEstimate
-
 V = TypeVar("V", bound=Values)
+
+
+@runtime_checkable
+class HasGram(Protocol):
+    """A Gram matrix by name with the ridge that was chosen for it, such as what `gram.estimate` returns."""
+
+    @property
+    def domains(self) -> Sequence[str]: ...
+
+    @property
+    def ridge(self) -> float | None:
+        """Amount for the diagonal, in the unit of G; None where none was chosen."""
+
+    def matrix(self, domains: Sequence[str]) -> Array:
+        """G [K, K] with rows and columns in the order of `domains`."""
+
 
 # ridge="auto": a G that is worse conditioned than this, or indefinite, is dominated by the noise of few texts.
 MAX_CONDITION = 1e8
@@ -150,15 +163,13 @@ def adjusted_direction(
 
 
 def named_problem(
-    gram: ArrayLike | GramEstimate, delta: Values, ridge: float | Literal["auto"], domains: Sequence[str] | None
+    gram: ArrayLike | HasGram, delta: Values, ridge: float | Literal["auto"], domains: Sequence[str] | None
 ) -> tuple[list[str], Array, Array, float | Literal["auto"]]:
-    """Names, G [K, K] and Delta [K] in their order, and the ridge: "auto" is that of a GramEstimate which has chosen one."""
-    if hasattr(gram, "matrix"):  # a GramEstimate, which this module must not import: it needs torch
-        estimate = cast("GramEstimate", gram)
-        domains = estimate.domains if domains is None and not isinstance(delta, Mapping) else domains
-        gram = estimate.matrix(names_of(delta, domains))
-        if ridge == "auto":
-            ridge = getattr(estimate, "ridge", None) or "auto"
+    """Names, G [K, K] and Delta [K] in their order, and the ridge: "auto" is the one that was chosen with G, where one was."""
+    if isinstance(gram, HasGram):
+        domains = gram.domains if domains is None and not isinstance(delta, Mapping) else domains
+        ridge = gram.ridge or "auto" if ridge == "auto" else ridge
+        gram = gram.matrix(names_of(delta, domains))
     names = names_of(delta, domains)
     d = align(delta, names, "delta")
     _check_delta(d, names)
@@ -167,7 +178,7 @@ def named_problem(
 
 @renamed_arguments(normalise="gram_scale")
 def adjusted_lld_weights(
-    gram: ArrayLike | GramEstimate,
+    gram: ArrayLike | HasGram,
     delta: V,
     *,
     tau: float = 1.0,

@@ -31,7 +31,7 @@ from torch import Tensor
 from lldfast.data.evalset import EvalSet
 from lldfast.errors import InputError, TrainingError
 from lldfast.gram.collector import Layout
-from lldfast.gram.hooks import NotSeparable, Run, Setting, Slot
+from lldfast.gram.hooks import BatchRun, NotSeparable, Setting, Slot
 from lldfast.models.scorer import Scorer, Segment
 from lldfast.models.scoring import IGNORE, Batch, evaluating, layer_tokens, token_logprobs
 from lldfast.ops.sketch.fold import check_k, fold
@@ -176,7 +176,7 @@ class _Engine:
         return torch.cat([out for out, _ in found]), torch.cat([square for _, square in found])
 
     def together(self, windows: list[list[Segment]]) -> tuple[Tensor, Tensor]:
-        run = Run(self.setting, _batch(windows, self.scorer.device), len(windows), PROJECTIONS if not self.checked else 0)
+        run = BatchRun(self.setting, _batch(windows, self.scorer.device), len(windows), PROJECTIONS if not self.checked else 0)
         kept = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
@@ -192,7 +192,7 @@ class _Engine:
         run.clear()
         return run.out, run.squares
 
-    def check(self, run: Run) -> None:
+    def check(self, run: BatchRun) -> None:
         """The last text of a batch against autograd on this text alone, parameter by parameter."""
         rows = slice(len(run.batch.ids) - run.windows, None)
         alone = Batch(run.batch.ids[rows], run.batch.labels[rows], run.batch.segment[rows])

@@ -15,21 +15,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from lldfast.data.evalset import EvalSet
 from lldfast.errors import InputError, TrainingError
-from lldfast.gram import stats
 from lldfast.gram.accumulator import Accumulator
 from lldfast.gram.collector import Collector, Layout
+from lldfast.gram.debias import debiased_diagonal, domain_gram, psd_clip
+from lldfast.gram.jackknife import gram_standard_errors
+from lldfast.gram.options import Mode, check_values
 from lldfast.gram.precondition import SecondMoments, check_optimizer, of_optimizer
 from lldfast.gram.result import GramEstimate
-from lldfast.gram.rows import BYTES, Rows
+from lldfast.gram.ridge import auto_ridge
+from lldfast.gram.rows import BYTES, GradientRows
+from lldfast.gram.sketch_error import effective_size, relative_error, rounding_error, size_for
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer, Segment, load_scorer
 from lldfast.models.scoring import batches, evaluating, token_logprobs
-from lldfast.ops.sketch.fold import check_k
 from lldfast.ops.sketch.philox import check_seed
 from lldfast.weights.equations import check_tau
 from lldfast.weights.simplex import align
 
-MODES = ("auto", "exact", "sharded", "bf16", "int8", "int4", "fold")
 DEFAULT_BUDGET = 2 << 30  # bytes for the rows, or for their sketches
 # With rows kept whole, the groups are sketched too, for error bars: to this size, whose own error widens them little.
 ERROR_K = 1 << 14
@@ -38,8 +40,11 @@ LARGEST_K = 1 << 20
 Ints = NDArray[np.int64]
 
 
-class Plan(NamedTuple):
-    """mode: one of MODES but "auto"; k: of the groups' sketches; bytes: of rows or sketches on this process."""
+class Storage(NamedTuple):
+    """What is kept of the rows of J.
+
+    mode: any but "auto"; k: of the groups' sketches; bytes: of rows or sketches on this process.
+    """
 
     mode: str
     k: int
@@ -51,7 +56,7 @@ def estimate(
     model: Scorer | str | os.PathLike[str],
     evalset: EvalSet | str | os.PathLike[str],
     *,
-    mode: Literal["auto", "exact", "sharded", "bf16", "int8", "int4", "fold"] = "auto",
+    mode: Mode = "auto",
     k: int | Literal["auto"] = "auto",
     groups: int = 8,
     debias: bool = True,
@@ -74,10 +79,10 @@ def estimate(
             its part of them (every process runs the same texts); "bf16", "int8", "int4": rounded stochastically, exact norms;
             "fold": sketches of k numbers for every group, never K P numbers. "auto": the first of these that fits `budget_bytes`.
         k: size of the sketches of "fold", a power of two. "auto": for an expected KL of the weights of `target_kl` (planned by
-            `stats.size_for`, at a spread of the logits of std(delta) / tau, or of 1 without delta), as far as the budget allows.
+            `size_for`, at a spread of the logits of std(delta) / tau, or of 1 without delta), as far as the budget allows.
         groups: groups of texts per domain. Debiasing and error bars come from their differences; texts of one document stay in
             one group, and the order of the texts does not matter. As many as there are texts: gradients text by text.
-        debias: take the noise of finitely many texts out of the diagonal (`stats.debiased_diagonal`). Domains with a single group
+        debias: take the noise of finitely many texts out of the diagonal (`debiased_diagonal`). Domains with a single group
             keep the naive diagonal and say so in `debiased`.
         precondition: an Adam or AdamW optimiser of this model: G is then J M^-1 J^T, and `drift` is estimated (precondition.py).
             It makes one more pass over the texts, and holds three more numbers per parameter.
@@ -85,7 +90,7 @@ def estimate(
         batch_tokens: tokens of a batch; their activations are what the backward pass holds.
         seed: of the sketch and of stochastic rounding; `matrix` of equal seeds and parameters are comparable to the bit.
         delta: Delta in nats per token, {domain: value} or [K]; sharpens `k="auto"` and the ridge. tau: see `k`.
-        ridge: "auto" chooses by split halves (`stats.auto_ridge`); a number >= 0 in G's unit is kept as it is; None: none.
+        ridge: "auto" chooses by split halves (`auto_ridge`); a number >= 0 in G's unit is kept as it is; None: none.
 
     Raises:
         InputError: an argument that makes no sense, no texts, nothing to train, or more is asked for than `budget_bytes`.
@@ -108,7 +113,7 @@ def estimate(
     split = {name: split_groups(evalset, name, groups) for name in domains}
     n_groups = sum(len(parts) for parts in split.values())
     spread = 1.0 if shift is None else float(shift.std()) / tau
-    plan = choose(mode, k, len(domains), n_groups, layout.size, budget_bytes, target_kl, spread)
+    kept = choose(mode, k, len(domains), n_groups, layout.size, budget_bytes, target_kl, spread)
 
     segments = model.tokenize(evalset)
     tokens = _token_counts(segments, len(evalset))
@@ -123,23 +128,25 @@ def estimate(
         work.run(Collector(model.module, moments), moments)
         made = of_optimizer(model.module, precondition, moments.mean())
         del moments
-    sketches = Accumulator(layout.size, domains, plan.k, seed, layout=layout.hash, device=device)
-    rows = None if plan.mode == "fold" else Rows(domains, _window(plan.mode, layout.size), _storage(plan.mode), seed, device)
+    sketches = Accumulator(layout.size, domains, kept.k, seed, layout=layout.hash, device=device)
+    rows = None
+    if kept.mode != "fold":
+        rows = GradientRows(domains, _window(kept.mode, layout.size), _storage(kept.mode), seed, device)
     scale, dot = (None, None) if made is None else (made.scale, made.dot)
     sinks = [sketches] if rows is None else [sketches, rows]
     work.run(Collector(model.module, *sinks, scale=scale, dot=dot), rows)
 
     products, group_domain, group_tokens = sketches.products()
-    exact, variance = (None, None) if rows is None else (_reduced(x, plan.mode, device) for x in rows.gram())
+    exact, variance = (None, None) if rows is None else (_reduced(x, kept.mode, device) for x in rows.gram())
     gram, naive, debiased = _gram(exact, products, group_domain, group_tokens, debias)
-    clipped = stats.psd_clip(gram)
-    size = stats.effective_size(plan.k, layout.size)
+    clipped = psd_clip(gram)
+    size = effective_size(kept.k, layout.size)
     amount = ridge
     if ridge == "auto":
-        amount = stats.auto_ridge(products, group_domain, group_tokens, shift, debias=debias)
+        amount = auto_ridge(products, group_domain, group_tokens, shift, debias=debias)
     errors = None
     if any(len(parts) > 1 for parts in split.values()):
-        found = stats.gram_standard_errors(products, group_domain, group_tokens, size if rows is None else None, debias=debias)
+        found = gram_standard_errors(products, group_domain, group_tokens, size if rows is None else None, debias=debias)
         errors = found.total
     drift = None
     if made is not None:
@@ -152,7 +159,7 @@ def estimate(
         "seed": seed,
         "groups": groups,
         "debias": debias,
-        "bytes": plan.bytes,
+        "bytes": kept.bytes,
         "clipped": float(np.abs(clipped - gram).max()),
         "evalset": evalset.hash,
     }
@@ -165,11 +172,11 @@ def estimate(
         naive_diagonal=naive,
         n_texts=[counts[name] for name in domains],
         debiased=debiased,
-        mode=plan.mode,
-        k=plan.k if rows is None else None,
+        mode=kept.mode,
+        k=kept.k if rows is None else None,
         ridge=None if amount is None else float(amount),
         gram_se=errors,
-        expected_error=stats.relative_error(len(domains), size) if variance is None else stats.rounding_error(clipped, variance),
+        expected_error=relative_error(len(domains), size) if variance is None else rounding_error(clipped, variance),
         drift=drift,
         products=products,
         group_domain=group_domain,
@@ -189,7 +196,7 @@ def choose(
     budget_bytes: float | None,
     target_kl: float,
     spread: float = 1.0,
-) -> Plan:
+) -> Storage:
     """What is kept: rows of `size` numbers for each domain, or sketches of k numbers for each group.
 
     "auto" takes the most accurate that fits: exact, sharded over the processes, bf16, int8, int4, fold. The sketches from which
@@ -210,12 +217,12 @@ def choose(
     largest = LARGEST_K
     while budget is not None and largest > smallest and 8 * largest * n_groups > budget:
         largest //= 2
-    wanted = min(stats.size_for(n_domains, target_kl, spread), largest) if k == "auto" else k
+    wanted = min(size_for(n_domains, target_kl, spread), largest) if k == "auto" else k
     needs["fold"] = 8 * wanted * n_groups
     order = ("exact", *(("sharded",) if processes > 1 else ()), "bf16", "int8", "int4", "fold")
     for name in order if mode == "auto" else (mode,):
         if budget is None or needs[name] <= budget:
-            return Plan(name, wanted if name == "fold" else ERROR_K, needs[name])
+            return Storage(name, wanted if name == "fold" else ERROR_K, needs[name])
     least = min(needs[name] for name in order) if mode == "auto" else needs[mode]
     what = f"sketches of {n_groups} groups" if mode in ("auto", "fold") else f"{mode} rows of {n_domains} domains"
     raise InputError(f"{what} x {size:,} parameters need {least:,} bytes, the budget is {int(budget or 0):,}")
@@ -242,19 +249,13 @@ class _Work:
     def __init__(
         self, model: Scorer, evalset: EvalSet, segments: list[Segment], split: dict[str, list[Ints]], tokens: Ints, batch: int
     ) -> None:
-        self.model, self.evalset, self.segments, self.split, self.tokens, self.batch = (
-            model,
-            evalset,
-            segments,
-            split,
-            tokens,
-            batch,
-        )
+        self.model, self.evalset, self.segments = model, evalset, segments
+        self.split, self.tokens, self.batch = split, tokens, batch
         self.of_text: dict[int, list[int]] = {}
         for i, segment in enumerate(segments):
             self.of_text.setdefault(segment.text, []).append(i)
 
-    def run(self, collector: Collector, rows: Rows | SecondMoments | None = None) -> None:
+    def run(self, collector: Collector, rows: GradientRows | SecondMoments | None = None) -> None:
         with evaluating(self.model):  # dropout would add noise that no text has
             for domain, parts in self.split.items():
                 for index, texts in enumerate(parts):
@@ -303,13 +304,13 @@ def _gram(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[bool]]:
     """G, its naive diagonal and which entries were debiased; from whole rows where there are any."""
     if exact is None:
-        gram, naive, flags = stats.domain_gram(products, domain, tokens, debias=debias)
+        gram, naive, flags = domain_gram(products, domain, tokens, debias=debias)
         return gram, naive, flags.tolist()
     gram, naive = exact.copy(), exact.diagonal().copy()
     total = np.bincount(domain, weights=tokens)
     own = np.bincount(domain, weights=products.diagonal()) / total**2
     share = np.bincount(domain, weights=tokens**2) / total**2
-    diagonal, flags = stats.debiased_diagonal(naive, own, share)
+    diagonal, flags = debiased_diagonal(naive, own, share)
     if debias:
         np.fill_diagonal(gram, diagonal)
     return gram, naive, (flags & debias).tolist()
@@ -319,20 +320,10 @@ def _check(
     mode: str, k: int | str, groups: int, batch_tokens: int, tau: float, target_kl: float, ridge: float | str | None,
     budget: float | None,
 ) -> None:  # fmt: skip
-    if mode not in MODES:
-        raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if k != "auto":
-        if isinstance(k, str):
-            raise InputError(f"k must be a power of two or 'auto', got {k!r}")
-        check_k(k)
-    for name, value in (("groups", groups), ("batch_tokens", batch_tokens)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+    check_values(mode=mode, k=k, groups=groups, batch_tokens=batch_tokens, target_kl=target_kl)
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < math.inf):
         raise InputError(f"budget_bytes must be a number > 0, got {budget!r}")
     check_tau(tau)
-    if not 0 < target_kl < math.inf:
-        raise InputError(f"target_kl must be > 0 and finite, got {target_kl!r}")
     number = isinstance(ridge, (int, float, np.number)) and not isinstance(ridge, bool)
     if ridge not in ("auto", None) and not (number and 0 <= float(ridge) < math.inf):
         raise InputError(f"ridge must be a number >= 0, 'auto' or None, got {ridge!r}")
