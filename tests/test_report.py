@@ -122,8 +122,9 @@ def build_run(
         write_json(
             home / "weights.json",
             {
-                "format": "lldfast-weights", "version": 1, "weights": recipe, "domains": domains, "rule": rule, "tau": 1.0,
-                "weights_se": {d: 0.1 * w for d, w in recipe.items()} if errors and rule else None, "trajectory": trajectory,
+                "format": "lldfast-weights", "version": 1, "weights": recipe, "domains": domains, "rule": rule,
+                "tau": 1.0, "total_steps": 1000, "trajectory": trajectory,
+                "weights_se": {d: 0.1 * w for d, w in recipe.items()} if errors and rule else None,
             },
         )  # fmt: skip
         last = {key: metrics[-1][key] for key in ("kl", "kl_se", "kl_between", "kl_within", "true_kl", "nll_gap")}
@@ -468,7 +469,7 @@ def test_errors_name_the_file(small: Path, tmp_path: Path) -> None:
         write_report(small)
     good["trajectory"][0]["gram"] = [[1.0, 2.0]]
     write_json(weights, good)
-    with pytest.raises(CorruptError, match="step 0 is not 5 by 5"):
+    with pytest.raises(CorruptError, match="gram of step 0 does not have a row and a column for each domain"):
         write_report(small)
     edit(small / "experiment.json", format="other")
     with pytest.raises(CorruptError, match=r"experiment\.json"):

@@ -254,7 +254,8 @@ class WeightsFile:
         rest.pop("effective_domains", None)
         names = rest.pop("domains", list(weights))
         if not isinstance(names, list) or sorted(map(str, names)) != sorted(weights):
-            raise CorruptError("its domains are not those of its weights")
+            odd = sorted(set(map(str, names if isinstance(names, list) else [])) ^ set(weights))
+            raise CorruptError(f"its domains are not those of its weights ({', '.join(map(repr, odd[:3]))} on one side only)")
         entries = rest.pop("trajectory", [])
         if not isinstance(entries, list):
             raise CorruptError("its trajectory is not a list of estimates")
