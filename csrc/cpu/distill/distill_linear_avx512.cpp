@@ -1,0 +1,10 @@
+#include "cpu/common/fma_engine.h"
+#include "cpu/distill/distill_linear_impl.h"
+
+namespace lldfast {
+
+void distill_linear_avx512(const DistillLinearArgs& args, const DistillLinearOut& out) {
+  distill_linear<FmaEngine>(args, out);
+}
+
+}  // namespace lldfast

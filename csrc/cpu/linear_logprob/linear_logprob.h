@@ -1,0 +1,62 @@
+// Token log-likelihoods from hidden states and the head, forward and backward; no [T, V] tensor is ever alive.
+//
+//   z = softcap(logit_scale * (H W^T + bias)),   logprob_t = z_t[y_t] - logsumexp(z_t)
+//
+// The vocabulary is walked in panels of 32 rows against blocks of 32 tokens. A block of logits is z^T: its rows are
+// vocabulary entries and its lanes are tokens, so maxima and sums are held per lane and nothing is ever summed across a
+// vector.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/logprob/logprob.h"
+#include "dispatch.h"
+
+namespace lldfast {
+
+// How H W^T is computed; sums are in fp32 for all three.
+//   kFp32: products of the inputs as they are. kBf16: inputs rounded to bf16 (exact for bf16 inputs).
+//   kBf16x3: inputs split into two bf16 terms each, of whose four products the three largest are taken.
+enum class Precision { kFp32, kBf16, kBf16x3 };
+
+struct LinearLogprobArgs {
+  Matrix hidden;        // [*, width]
+  const int64_t* rows;  // as in LogprobArgs
+  int64_t tokens;
+  int64_t width;
+  Matrix weight;          // [vocab, width]
+  int64_t vocab;          // rows of the weight that are real
+  const int64_t* labels;  // by row of hidden
+  const float* bias;      // [vocab] or null
+  float softcap;          // 0: none
+  float logit_scale;
+  Precision precision;
+  int threads;
+};
+
+// Gradient of sum_t g_t logprob_t + h_t lse_t. g, h, lse are by row of hidden. Null outputs are not computed; rows of
+// dh that are not in `rows`, and rows of dw behind vocab, are left as they are.
+struct LinearLogprobGrad {
+  const float* logprob;
+  const float* lse;
+  const float* g;
+  const float* h;
+  MutableMatrix dh;  // [*, width]
+  MutableMatrix dw;  // [vocab, width], summed in fp32 and rounded once
+  float* dbias;      // [vocab]
+};
+
+void linear_logprob_forward(Isa isa, const LinearLogprobArgs& args, const LogprobOut& out);
+void linear_logprob_backward(Isa isa, const LinearLogprobArgs& args, const LinearLogprobGrad& grad);
+
+// Per instruction set; kFp32 everywhere, the other precisions by the AMX file alone.
+#define LLDFAST_DECLARE(isa)                                                               \
+  void linear_logprob_forward_##isa(const LinearLogprobArgs& args, const LogprobOut& out); \
+  void linear_logprob_backward_##isa(const LinearLogprobArgs& args, const LinearLogprobGrad& grad);
+LLDFAST_DECLARE(scalar)
+LLDFAST_DECLARE(avx2)
+LLDFAST_DECLARE(avx512)
+LLDFAST_DECLARE(amx)
+#undef LLDFAST_DECLARE
+
+}  // namespace lldfast
