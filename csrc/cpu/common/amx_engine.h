@@ -6,7 +6,7 @@
 // depend on.
 #pragma once
 
-#include "cpu/common/softmax_block.h"
+#include "cpu/common/block.h"
 
 namespace lldfast {
 namespace {

@@ -2,7 +2,7 @@
 // A element of A at a time is multiplied with a row of B, so A may have any strides and only B is packed.
 #pragma once
 
-#include "cpu/common/softmax_block.h"
+#include "cpu/common/block.h"
 
 namespace lldfast {
 namespace {

@@ -1,10 +1,9 @@
-// What the walks over tokens and vocabulary of linear_logprob.h and distill_linear.h share, for any engine
-// (fma_engine.h, amx_engine.h).
+// What walks over tokens and vocabulary share, from hidden states and heads to blocks of logits (block.h) and from their
+// gradient back, for any engine (fma_engine.h, amx_engine.h).
 #pragma once
 
+#include "cpu/common/block.h"
 #include "cpu/common/parallel.h"
-#include "cpu/common/softmax_block.h"
-#include "cpu/linear_logprob/linear_logprob.h"
 
 namespace lldfast {
 namespace {

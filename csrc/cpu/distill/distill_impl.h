@@ -85,7 +85,7 @@ LLDFAST_INLINE double sum_lanes(F x) {
   return total;
 }
 
-// Sums over the vocabulary; G, H and the gradient as in distill_math.py.
+// Sums over the vocabulary; G, H and the gradient as in lldfast/ops/distill/math.py.
 struct Sums {
   double loss = 0.0, g = 0.0, wg = 0.0, wr = 0.0, d = 0.0;
 };

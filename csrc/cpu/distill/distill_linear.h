@@ -9,8 +9,8 @@
 
 #include <cstdint>
 
+#include "cpu/common/dtypes.h"
 #include "cpu/distill/distill_spec.h"
-#include "cpu/linear_logprob/linear_logprob.h"
 #include "dispatch.h"
 
 namespace lldfast {

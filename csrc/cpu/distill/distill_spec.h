@@ -3,7 +3,7 @@
 
 namespace lldfast {
 
-// What r is, and the order (A, B) of D(A, B); numbered as in distill_spec.py.
+// What r is, and the order (A, B) of D(A, B); numbered as there.
 enum class Assistant { kTeacher, kStudent, kPower, kGeometric, kMaximum, kMinimum };
 enum class Order { kPR, kQR, kRP, kRQ };
 enum class Divergence { kKl, kJs, kAb };

@@ -1,10 +1,10 @@
 // What the sweeps of distill_linear.h over the vocabulary know of a call and of its tokens, and the first of them: what
-// StatsEpilogue of softmax_block.h does with the blocks of logits z^T [32 vocabulary rows, 32 tokens], for two models.
+// StatsEpilogue of linear_logprob_epilogue.h does with blocks of logits (block.h), for two models.
 #pragma once
 
 #include <cmath>
 
-#include "cpu/common/softmax_block.h"
+#include "cpu/common/block.h"
 #include "cpu/distill/distill_linear.h"
 #include "cpu/distill/distill_math.h"
 
@@ -18,7 +18,7 @@ struct DistillTokens {
   float *lse_p, *lse_q, *lse_1;  // of the logits divided by the temperature; of the student's as they are
   float* lse_difference;         // lse_p - lse_q, rounded once
   float* log_r;                  // log sum exp of what mix gives
-  float *sum_g, *sum_h;          // G and H of distill_math.py
+  float *sum_g, *sum_h;          // G and H of lldfast/ops/distill/math.py
   float *loss, *ce;
   float *g, *g_ce;  // upstream: of the divergence, divided by the temperature; of the cross entropy
   float* of_label;  // g_ce (q - 1) of the label, q at temperature 1

@@ -9,15 +9,11 @@
 
 #include <cstdint>
 
+#include "cpu/common/dtypes.h"
 #include "cpu/logprob/logprob.h"
 #include "dispatch.h"
 
 namespace lldfast {
-
-// How H W^T is computed; sums are in fp32 for all three.
-//   kFp32: products of the inputs as they are. kBf16: inputs rounded to bf16 (exact for bf16 inputs).
-//   kBf16x3: inputs split into two bf16 terms each, of whose four products the three largest are taken.
-enum class Precision { kFp32, kBf16, kBf16x3 };
 
 struct LinearLogprobArgs {
   Matrix hidden;        // [*, width]

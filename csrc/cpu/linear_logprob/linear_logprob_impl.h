@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cpu/common/linear_walk.h"
+#include "cpu/linear_logprob/linear_logprob_epilogue.h"
 
 namespace lldfast {
 namespace {

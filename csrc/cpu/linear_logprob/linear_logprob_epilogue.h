@@ -1,50 +1,14 @@
-// What happens to a block of logits z^T [32 vocabulary rows, 32 tokens] right after the matrix product, while it is in
-// cache: StatsEpilogue keeps the running log-sum-exp of each token, GradEpilogue turns logits into their gradient.
-//
-// An epilogue works in pieces (begin, some rows at a time, end), so that an engine can put them between its tile
-// products.
+// What happens to a block of logits (block.h) in linear_logprob.h: StatsEpilogue keeps the running log-sum-exp of each
+// token, GradEpilogue turns logits into their gradient.
 #pragma once
 
 #include <cmath>
 
-#include "cpu/common/vec.h"
+#include "cpu/common/block.h"
 #include "cpu/linear_logprob/linear_logprob.h"
 
 namespace lldfast {
 namespace {
-
-constexpr int kPanel = 32;              // vocabulary rows of a block
-constexpr int kBlock = 32;              // tokens of a block
-constexpr int kV = kBlock / kWidth;     // vectors of a block's row
-constexpr int kTile = kPanel * kBlock;  // floats of a block
-
-// Brings rows of a matrix into the second cache, a few lines at every call: a burst would fill the line buffers that
-// the product needs, and the hardware does not foresee rows that are read a piece at a time.
-class Prefetcher {
- public:
-  Prefetcher() = default;
-  Prefetcher(const Matrix& m, int64_t first, int64_t rows, int64_t width, int64_t calls)
-      : row_(static_cast<const char*>(m.row(first))),
-        row_bytes_(m.stride * itemsize(m.dtype)),
-        lines_((width * itemsize(m.dtype) + 63) / 64),
-        rows_(rows),
-        per_call_(calls > 0 ? (rows * lines_ + calls - 1) / calls : 0) {}
-
-  LLDFAST_INLINE void advance() {
-    for (int64_t i = 0; i < per_call_ && rows_ > 0; ++i) {
-      __builtin_prefetch(row_ + line_ * 64, 0, 2);
-      if (++line_ == lines_) {
-        line_ = 0;
-        row_ += row_bytes_;
-        --rows_;
-      }
-    }
-  }
-
- private:
-  const char* row_ = nullptr;
-  int64_t row_bytes_ = 0, lines_ = 0, rows_ = 0, per_call_ = 0, line_ = 0;
-};
 
 // Bias, scale and softcap of the logits, in place. `rows` real vocabulary rows from v0 on.
 inline void transform(float* z, int rows, int64_t v0, const LinearLogprobArgs& args) {
@@ -80,23 +44,6 @@ inline void reset(Lanes& lanes) {
     lanes.best[i] = 0;
   }
 }
-
-// Calls found(lane, row in the panel) for the tokens whose label is among the panel's rows.
-template <class Found>
-LLDFAST_INLINE void match_labels(const int32_t* label, int64_t v0, int rows, Found found) {
-  for (int i = 0; i < kV; ++i) {
-    const I row = load(label + i * kWidth) - static_cast<int32_t>(v0);
-    if (!any((row >= 0) & (row < rows))) continue;
-    for (int lane = i * kWidth; lane < (i + 1) * kWidth; ++lane) {
-      const int64_t r = label[lane] - v0;
-      if (r >= 0 && r < rows) found(lane, static_cast<int>(r));
-    }
-  }
-}
-
-struct NoEpilogue {
-  static constexpr bool kNone = true;
-};
 
 template <bool kArgmax, bool kEntropy>
 struct StatsEpilogue {
@@ -196,14 +143,6 @@ struct Total {
     max = m;
   }
 };
-
-LLDFAST_INLINE float sum_lanes(const F (&row)[kV]) {
-  F total = row[0];
-  for (int i = 1; i < kV; ++i) total += row[i];
-  float sum = 0.0f;
-  for (int i = 0; i < kWidth; ++i) sum += total[i];
-  return sum;
-}
 
 // Gradient of sum_t g_t logprob_t + h_t lse_t by the logits before bias, scale and softcap, but for the labels' own
 // terms:
