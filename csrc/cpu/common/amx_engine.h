@@ -430,5 +430,9 @@ struct AmxEngine {
   }
 };
 
+// What a unit's kernels ask for.
+template <int kTerms, int kGradientTerms = 1>
+using UnitEngine = AmxEngine<kTerms, kGradientTerms>;
+
 }  // namespace
 }  // namespace lldfast

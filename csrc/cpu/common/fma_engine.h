@@ -237,5 +237,9 @@ struct FmaEngine {
   }
 };
 
+// What a unit's kernels ask for: AmxEngine's arguments, which make no difference to products in fp32.
+template <int kTerms, int kGradientTerms = 1>
+using UnitEngine = FmaEngine;
+
 }  // namespace
 }  // namespace lldfast

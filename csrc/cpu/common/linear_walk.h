@@ -1,5 +1,5 @@
-// What walks over tokens and vocabulary share, from hidden states and heads to blocks of logits (block.h) and from their
-// gradient back, for any engine (fma_engine.h, amx_engine.h).
+// What walks over tokens and vocabulary share, from hidden states and heads to blocks of logits (block.h) and from
+// their gradient back, for any engine (fma_engine.h, amx_engine.h).
 #pragma once
 
 #include "cpu/common/block.h"

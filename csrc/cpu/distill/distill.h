@@ -32,9 +32,10 @@ struct DistillOut {
 
 void distill_rows(Isa isa, const DistillArgs& args, const DistillOut& out);
 
-// Per instruction set; AMX has nothing to multiply here.
-void distill_rows_scalar(const DistillArgs& args, const DistillOut& out);
-void distill_rows_avx2(const DistillArgs& args, const DistillOut& out);
-void distill_rows_avx512(const DistillArgs& args, const DistillOut& out);
+// Of one instruction set; AMX has nothing to multiply here.
+struct DistillKernels {
+  void (*rows)(const DistillArgs& args, const DistillOut& out);
+};
+const DistillKernels& distill_kernels(Isa isa);  // of the best set up to `isa` (choice.cpp.in)
 
 }  // namespace lldfast

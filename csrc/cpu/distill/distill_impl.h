@@ -332,5 +332,7 @@ inline void rows(const DistillArgs& args, const DistillOut& out) {
   run_team(args.threads, &RowsTask::work, &task);
 }
 
+constexpr DistillKernels kKernels = {rows};
+
 }  // namespace
 }  // namespace lldfast

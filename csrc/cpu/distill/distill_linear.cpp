@@ -2,22 +2,10 @@
 
 namespace lldfast {
 
+// AMX multiplies bf16 only, so it serves where both models were asked for in bf16.
 void distill_linear(Isa isa, const DistillLinearArgs& args, const DistillLinearOut& out) {
-  switch (isa) {
-#if defined(__x86_64__)
-    case Isa::kAmx:
-      if (args.student.precision == Precision::kBf16 && args.teacher.precision == Precision::kBf16) {
-        return distill_linear_amx(args, out);
-      }
-      return distill_linear_avx512(args, out);
-    case Isa::kAvx512:
-      return distill_linear_avx512(args, out);
-    case Isa::kAvx2:
-      return distill_linear_avx2(args, out);
-#endif
-    default:
-      return distill_linear_scalar(args, out);
-  }
+  const bool in_bf16 = args.student.precision == Precision::kBf16 && args.teacher.precision == Precision::kBf16;
+  distill_linear_kernels(in_bf16 || isa < Isa::kAvx512 ? isa : Isa::kAvx512).loss(args, out);
 }
 
 }  // namespace lldfast

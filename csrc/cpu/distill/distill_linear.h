@@ -45,12 +45,10 @@ struct DistillLinearOut {
 
 void distill_linear(Isa isa, const DistillLinearArgs& args, const DistillLinearOut& out);
 
-// Per instruction set; the AMX file rounds all factors to bf16.
-#define LLDFAST_DECLARE(isa) void distill_linear_##isa(const DistillLinearArgs& args, const DistillLinearOut& out);
-LLDFAST_DECLARE(scalar)
-LLDFAST_DECLARE(avx2)
-LLDFAST_DECLARE(avx512)
-LLDFAST_DECLARE(amx)
-#undef LLDFAST_DECLARE
+// Of one instruction set; those of AMX round all factors to bf16.
+struct DistillLinearKernels {
+  void (*loss)(const DistillLinearArgs& args, const DistillLinearOut& out);
+};
+const DistillLinearKernels& distill_linear_kernels(Isa isa);  // of the best set up to `isa` (choice.cpp.in)
 
 }  // namespace lldfast

@@ -45,14 +45,11 @@ struct LinearLogprobGrad {
 void linear_logprob_forward(Isa isa, const LinearLogprobArgs& args, const LogprobOut& out);
 void linear_logprob_backward(Isa isa, const LinearLogprobArgs& args, const LinearLogprobGrad& grad);
 
-// Per instruction set; kFp32 everywhere, the other precisions by the AMX file alone.
-#define LLDFAST_DECLARE(isa)                                                               \
-  void linear_logprob_forward_##isa(const LinearLogprobArgs& args, const LogprobOut& out); \
-  void linear_logprob_backward_##isa(const LinearLogprobArgs& args, const LinearLogprobGrad& grad);
-LLDFAST_DECLARE(scalar)
-LLDFAST_DECLARE(avx2)
-LLDFAST_DECLARE(avx512)
-LLDFAST_DECLARE(amx)
-#undef LLDFAST_DECLARE
+// Of one instruction set; kFp32 by all, the other precisions by AMX alone.
+struct LinearLogprobKernels {
+  void (*forward)(const LinearLogprobArgs& args, const LogprobOut& out);
+  void (*backward)(const LinearLogprobArgs& args, const LinearLogprobGrad& grad);
+};
+const LinearLogprobKernels& linear_logprob_kernels(Isa isa);  // of the best set up to `isa` (choice.cpp.in)
 
 }  // namespace lldfast

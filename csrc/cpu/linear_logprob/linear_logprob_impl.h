@@ -1,10 +1,12 @@
-// The walk over tokens and vocabulary of linear_logprob.h, for any engine (fma_engine.h, amx_engine.h).
+// The walk over tokens and vocabulary of linear_logprob.h, for the engine of the including file (unit.cpp.in).
 #pragma once
 
 #include <cmath>
 
 #include "cpu/common/linear_walk.h"
 #include "cpu/linear_logprob/linear_logprob_epilogue.h"
+
+#include LLDFAST_ENGINE
 
 namespace lldfast {
 namespace {
@@ -332,6 +334,13 @@ template <class Engine>
 void backward(const LinearLogprobArgs& args, const LinearLogprobGrad& grad) {
   Backward<Engine>(args, grad).run();
 }
+
+inline void forward_in_terms(const LinearLogprobArgs& args, const LogprobOut& out) {
+  if (args.precision == Precision::kBf16x3) return forward<UnitEngine<3>>(args, out);
+  forward<UnitEngine<1>>(args, out);
+}
+
+constexpr LinearLogprobKernels kKernels = {forward_in_terms, backward<UnitEngine<1>>};
 
 }  // namespace
 }  // namespace lldfast

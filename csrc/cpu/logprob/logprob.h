@@ -45,13 +45,11 @@ struct LogprobGrad {
 void logprob_forward(Isa isa, const LogprobArgs& args, const LogprobOut& out);
 void logprob_backward(Isa isa, const LogprobArgs& args, const LogprobGrad& grad);
 
-// Per instruction set; AMX has nothing to multiply here.
-#define LLDFAST_DECLARE(isa)                                                  \
-  void logprob_forward_##isa(const LogprobArgs& args, const LogprobOut& out); \
-  void logprob_backward_##isa(const LogprobArgs& args, const LogprobGrad& grad);
-LLDFAST_DECLARE(scalar)
-LLDFAST_DECLARE(avx2)
-LLDFAST_DECLARE(avx512)
-#undef LLDFAST_DECLARE
+// Of one instruction set; AMX has nothing to multiply here.
+struct LogprobKernels {
+  void (*forward)(const LogprobArgs& args, const LogprobOut& out);
+  void (*backward)(const LogprobArgs& args, const LogprobGrad& grad);
+};
+const LogprobKernels& logprob_kernels(Isa isa);  // of the best set up to `isa` (choice.cpp.in)
 
 }  // namespace lldfast

@@ -180,5 +180,7 @@ inline void backward(const LogprobArgs& args, const LogprobGrad& grad) {
   run_team(args.threads, &BackwardTask::work, &task);
 }
 
+constexpr LogprobKernels kKernels = {forward, backward};
+
 }  // namespace
 }  // namespace lldfast

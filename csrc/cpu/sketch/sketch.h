@@ -26,9 +26,10 @@ struct SketchArgs {
 
 void sketch_fold(Isa isa, const SketchArgs& args);
 
-// Per instruction set; AMX has nothing to multiply here.
-void sketch_fold_scalar(const SketchArgs& args);
-void sketch_fold_avx2(const SketchArgs& args);
-void sketch_fold_avx512(const SketchArgs& args);
+// Of one instruction set; AMX has nothing to multiply here.
+struct SketchKernels {
+  void (*fold)(const SketchArgs& args);
+};
+const SketchKernels& sketch_kernels(Isa isa);  // of the best set up to `isa` (choice.cpp.in)
 
 }  // namespace lldfast

@@ -244,5 +244,7 @@ inline void fold(const SketchArgs& args) {
   }
 }
 
+constexpr SketchKernels kKernels = {fold};
+
 }  // namespace
 }  // namespace lldfast

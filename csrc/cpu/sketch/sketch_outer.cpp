@@ -3,21 +3,11 @@
 namespace lldfast {
 
 void sketch_outer(Isa isa, const SketchOuterArgs& args) {
-#if defined(__x86_64__)
-  if (isa >= Isa::kAvx512) return sketch_outer_avx512(args);
-  if (isa >= Isa::kAvx2) return sketch_outer_avx2(args);
-#endif
-  (void)isa;
-  sketch_outer_scalar(args);
+  sketch_outer_kernels(isa).outer(args);
 }
 
 void sketch_rows(Isa isa, const SketchRowsArgs& args) {
-#if defined(__x86_64__)
-  if (isa >= Isa::kAvx512) return sketch_rows_avx512(args);
-  if (isa >= Isa::kAvx2) return sketch_rows_avx2(args);
-#endif
-  (void)isa;
-  sketch_rows_scalar(args);
+  sketch_outer_kernels(isa).rows(args);
 }
 
 }  // namespace lldfast

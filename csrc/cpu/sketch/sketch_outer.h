@@ -43,12 +43,11 @@ struct SketchRowsArgs {
 void sketch_outer(Isa isa, const SketchOuterArgs& args);
 void sketch_rows(Isa isa, const SketchRowsArgs& args);
 
-// Per instruction set; AMX multiplies bf16 only.
-void sketch_outer_scalar(const SketchOuterArgs& args);
-void sketch_outer_avx2(const SketchOuterArgs& args);
-void sketch_outer_avx512(const SketchOuterArgs& args);
-void sketch_rows_scalar(const SketchRowsArgs& args);
-void sketch_rows_avx2(const SketchRowsArgs& args);
-void sketch_rows_avx512(const SketchRowsArgs& args);
+// Of one instruction set; AMX multiplies bf16 only.
+struct SketchOuterKernels {
+  void (*outer)(const SketchOuterArgs& args);
+  void (*rows)(const SketchRowsArgs& args);
+};
+const SketchOuterKernels& sketch_outer_kernels(Isa isa);  // of the best set up to `isa` (choice.cpp.in)
 
 }  // namespace lldfast

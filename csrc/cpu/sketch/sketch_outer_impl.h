@@ -301,5 +301,7 @@ inline void rows(const SketchRowsArgs& args) {
   run_team(args.threads, RowsTask::work, &task);
 }
 
+constexpr SketchOuterKernels kKernels = {outer, rows};
+
 }  // namespace
 }  // namespace lldfast
