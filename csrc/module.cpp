@@ -10,14 +10,14 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/distill.h"
-#include "cpu/distill_linear.h"
-#include "cpu/linear_logprob.h"
-#include "cpu/logprob.h"
-#include "cpu/sketch.h"
-#include "cpu/sketch_outer.h"
-#include "cpu/tokens.h"
-#include "cpu/xxh3.h"
+#include "cpu/distill/distill.h"
+#include "cpu/distill/distill_linear.h"
+#include "cpu/linear_logprob/linear_logprob.h"
+#include "cpu/logprob/logprob.h"
+#include "cpu/sketch/sketch.h"
+#include "cpu/sketch/sketch_outer.h"
+#include "cpu/tokens/tokens.h"
+#include "cpu/tokens/xxh3.h"
 #include "dispatch.h"
 
 namespace py = pybind11;
@@ -293,13 +293,19 @@ PYBIND11_MODULE(_C, m) {
       "Fill x and y (addresses of int64 [rows, length]) with windows and next tokens; None, or (row, position, token) "
       "of the first token id at or above vocab_size.");
 
-  m.def("distill_rows", &distill_rows, "Distillation loss per row of logits, and its gradient (csrc/cpu/distill.h).");
-  m.def("distill_linear", &distill_linear, "The same from hidden states and heads (csrc/cpu/distill_linear.h).");
-  m.def("sketch_fold", &sketch_fold, "Add the XOR-fold of g to out; |g scale|^2 and two inner products (csrc/cpu/sketch.h).");
-  m.def("sketch_outer", &sketch_outer, "Add the fold of b^T a of each sample to its sketch (csrc/cpu/sketch_outer.h).");
-  m.def("sketch_rows", &sketch_rows, "Add rows with a place in the flat space to sketches (csrc/cpu/sketch_outer.h).");
+  m.def("distill_rows", &distill_rows,
+        "Distillation loss per row of logits, and its gradient (csrc/cpu/distill/distill.h).");
+  m.def("distill_linear", &distill_linear,
+        "The same from hidden states and heads (csrc/cpu/distill/distill_linear.h).");
+  m.def("sketch_fold", &sketch_fold,
+        "Add the XOR-fold of g to out; |g scale|^2 and two inner products (csrc/cpu/sketch/sketch.h).");
+  m.def("sketch_outer", &sketch_outer,
+        "Add the fold of b^T a of each sample to its sketch (csrc/cpu/sketch/sketch_outer.h).");
+  m.def("sketch_rows", &sketch_rows,
+        "Add rows with a place in the flat space to sketches (csrc/cpu/sketch/sketch_outer.h).");
 
-  // Given logits: csrc/cpu/logprob.h. Hidden states and head: csrc/cpu/linear_logprob.h. isa "" is the one in use.
+  // Given logits: cpu/logprob/logprob.h. Hidden states and head: cpu/linear_logprob/linear_logprob.h. isa "" is the
+  // one in use.
   m.def("logprob_fwd",
         [](const MatrixTuple& logits, uintptr_t rows, int64_t tokens, int64_t vocab, uintptr_t labels, uintptr_t bias,
            float softcap, float logit_scale, int threads, const std::string& isa, const std::array<uintptr_t, 5>& out) {

@@ -1,4 +1,4 @@
-"""csrc/cpu/distill: rows of both models' logits, every instruction set against the fp64 oracle and the formulas in fp64."""
+"""csrc/cpu/distill/distill.h: rows of both models' logits, every instruction set against the fp64 oracle and fp64 formulas."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""csrc/cpu/distill_linear: every instruction set against the fp64 oracle; the same bits whatever the company."""
+"""csrc/cpu/distill/distill_linear.h: every instruction set against the fp64 oracle; the same bits whatever the company."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""csrc/cpu/sketch: every instruction set and number of threads gives the bits of the reference."""
+"""csrc/cpu/sketch/sketch.h: every instruction set and number of threads gives the bits of the reference."""
 
 import math
 

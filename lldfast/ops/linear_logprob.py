@@ -1,7 +1,7 @@
 """Token log-likelihoods and the training loss from hidden states and the head: no [T, V] tensor of logits is ever alive.
 
 `z = softcap(logit_scale * (H W^T + bias))`, `logprob_t = z_t[y_t] - logsumexp(z_t)` (eq. (1)). z is summed in fp32, and z_y is
-read from the same tile as the lse. Backends: C++ on a CPU (csrc/cpu/linear_logprob.h), Triton on a GPU, and torch anywhere.
+read from the same tile as the lse. Backends: C++ on a CPU (csrc/cpu/linear_logprob), Triton on a GPU, and torch anywhere.
 """
 
 from typing import Any, Literal, overload

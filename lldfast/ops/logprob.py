@@ -2,7 +2,7 @@
 
 The logits that are scored are `z = softcap(logit_scale * (logits + bias))` with `softcap(a) = c tanh(a / c)`, cut to the first
 `valid_vocab` ids of the vocabulary. `reference()` is the fp64 truth; `logprob()` works through row chunks in fp32 (fp64 for fp64
-input), so that no second [T, V] tensor is alive, and has a backward for logits and bias. Backends: C++ (csrc/cpu/logprob.h),
+input), so that no second [T, V] tensor is alive, and has a backward for logits and bias. Backends: C++ (csrc/cpu/logprob),
 Triton, CUDA C++ (csrc/cuda/logprob.h) and torch.
 """
 

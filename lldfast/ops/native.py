@@ -108,7 +108,7 @@ def linear_logprob_bwd(
 
 
 def _distill_spec(spec: Spec) -> tuple[Any, ...]:
-    """The fields of Spec that csrc/cpu/distill_spec.h has."""
+    """The fields of Spec that csrc/cpu/distill/distill_spec.h has."""
     return tuple(spec)[: Spec._fields.index("ignore_index")]
 
 
