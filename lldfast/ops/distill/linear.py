@@ -20,8 +20,8 @@ from lldfast.ops.distill import rows as distill_rows
 from lldfast.ops.distill import topk as distill_topk
 from lldfast.ops.distill.logits import kept
 from lldfast.ops.distill.spec import SPEC, Spec
-from lldfast.ops.linear_logprob import scale_grads
-from lldfast.ops.torch_linear import LEAST_ROWS, Grads, product
+from lldfast.ops.grads import Grads, scale_grads
+from lldfast.ops.head import LEAST_ROWS, product
 
 # Rows of a head that are multiplied at a time on a CPU: a 16-bit head is widened no further, and the libraries' own packed copies
 # stay small.

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from lldfast.errors import InputError
+from lldfast.ops.autocast import autocast_factors
+from lldfast.ops.check import check_bias, check_precision, check_tensors
 from lldfast.ops.chunks import accumulate_dtype
-from lldfast.ops.dispatch import check_precision, choose
+from lldfast.ops.dispatch import choose
 from lldfast.ops.distill import linear as distill_linear
 from lldfast.ops.distill import logits as distill_logits
 from lldfast.ops.distill import math as distill_math
 from lldfast.ops.distill.linear import Heads
 from lldfast.ops.distill.rows import vocabularies
 from lldfast.ops.distill.spec import Spec, check_recorded, resolve, settings
-from lldfast.ops.linear_logprob import autocast_factors
-from lldfast.ops.logprob import check_bias, check_tensors
 
 
 class DistillTokens(NamedTuple):
