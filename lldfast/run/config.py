@@ -17,7 +17,8 @@ from typing import Any, Literal
 import yaml
 
 from lldfast.errors import InputError
-from lldfast.run.methods import DistillConfig, parse_method
+from lldfast.run.distill import DistillConfig
+from lldfast.run.methods import parse_method
 from lldfast.schedule import estimation_steps
 from lldfast.weights.rules import Rule
 
