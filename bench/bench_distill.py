@@ -26,6 +26,7 @@ from common import Method, compiled, distance, parse, parser, pytest_run, run, w
 
 from lldfast.ops.chunks import pieces
 from lldfast.ops.distill import loss as distill
+from lldfast.ops.distill.oracle import reference
 
 KINDS = ("bf16", "mixed", "fp32")
 # bf16: the gradients' own rounding. mixed: what one rounding of the logits, or of their gradient, to bf16 would fail.
@@ -170,14 +171,14 @@ def wanted(inputs: Inputs, setting: str, mode: str) -> tuple[torch.Tensor, ...]:
     if mode == "logits":
         zs, zt = (z.double() for z in given_logits(inputs))
         zs.requires_grad_()
-        loss = distill.reference(zs, zt, **SETTINGS[setting])
+        loss = reference(zs, zt, **SETTINGS[setting])
         return loss.detach(), *torch.autograd.grad(loss, zs)
     hs, ws, ht, wt = inputs
     w64, wt64 = ws.double(), wt.double()
     total, dh, dw = w64.new_zeros(()), hs.double(), torch.zeros_like(w64)
     for rows in pieces(len(hs), len(ws), 8, 2**27 if hs.is_cuda else 2**24, 16):
         z = (hs[rows].double() @ w64.T).requires_grad_()
-        loss = distill.reference(z, ht[rows].double() @ wt64.T, reduction="sum", **SETTINGS[setting]) / len(hs)
+        loss = reference(z, ht[rows].double() @ wt64.T, reduction="sum", **SETTINGS[setting]) / len(hs)
         (dz,) = torch.autograd.grad(loss, z)
         total += loss.detach()
         dh[rows] = dz @ w64

@@ -19,8 +19,6 @@ from typing import Any
 
 from lldfast.errors import InputError, MissingDependencyError
 
-BACKENDS = ("torch", "cpp", "triton", "cuda")
-
 # Implementations of each op, best first; "auto" takes the first that runs on the tensors' device.
 IMPLEMENTATIONS: dict[str, list[str]] = {
     "logprob": ["triton", "cuda", "cpp", "torch"],

@@ -72,7 +72,8 @@ def make_objective(exp: Experiment, method: Method) -> Objective:
     """What the method minimises; opens the teacher."""
     if not method.distilled:
         return cross_entropy
-    return Distillation(method, exp.config.distill, exp.teacher(), domains=exp.domains, steps=exp.config.train.steps)
+    distill, steps = exp.config.distill, exp.config.train.steps
+    return Distillation(lambda step: distill.options(method, step, steps), exp.teacher(), domains=exp.domains)
 
 
 class Training:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from mpmath import mp, mpf
 
 from lldfast.ops.distill import math as distill_math
-from lldfast.ops.distill.loss import distill_loss_from_logits, reference
-from lldfast.ops.distill.spec import ORDERS, PRESETS, resolve, settings
+from lldfast.ops.distill.loss import distill_loss_from_logits
+from lldfast.ops.distill.options import ORDERS, PRESETS, DistillOptions
+from lldfast.ops.distill.oracle import reference
+from lldfast.ops.distill.spec import resolve
 
 ALPHAS = [-math.inf, -5, -3, -1, 0, 0.5, 1 - 1e-5, 1, 1 + 1e-5, 3, 5, math.inf]
 KINDS = ["kl", "rkl", "js", "ab", "alpha"]
@@ -58,7 +60,7 @@ def same(got, want, factor=1e-12):
 
 
 def spec(**given):
-    return resolve(**settings(**given))
+    return resolve(DistillOptions.of(**given))
 
 
 def parts(kind, a, b, alpha):

@@ -10,8 +10,9 @@ import torch
 from lldfast.backends import extension
 from lldfast.ops import native
 from lldfast.ops.distill import math as distill_math
-from lldfast.ops.distill.loss import reference
-from lldfast.ops.distill.spec import ORDERS, resolve, settings
+from lldfast.ops.distill.options import ORDERS, DistillOptions
+from lldfast.ops.distill.oracle import reference
+from lldfast.ops.distill.spec import resolve
 
 C = extension()
 pytestmark = [pytest.mark.skipif(C is None, reason="lldfast._C is not built"), pytest.mark.usefixtures("threads")]
@@ -39,7 +40,7 @@ def options(name, **given):
 def spec_of(**given):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return resolve(**settings(**given))
+        return resolve(DistillOptions.of(**given))
 
 
 def call(student, teacher, y, isa, g=1.0, ce=None, gradient=True, out=None, **given):

@@ -11,8 +11,10 @@ import torch
 from lldfast.backends import extension
 from lldfast.ops import native
 from lldfast.ops.distill import linear as distill_linear
-from lldfast.ops.distill.loss import distill_loss, reference
-from lldfast.ops.distill.spec import resolve, settings
+from lldfast.ops.distill.loss import distill_loss
+from lldfast.ops.distill.options import DistillOptions
+from lldfast.ops.distill.oracle import reference
+from lldfast.ops.distill.spec import resolve
 
 C = extension()
 pytestmark = pytest.mark.skipif(C is None, reason="lldfast._C is not built")
@@ -43,13 +45,13 @@ def make(tokens, vocab, d, teacher_d, precision="bf16", scale=2.0):
 def spec_of(**given):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return resolve(**settings(**given), backend="cpp")
+        return resolve(DistillOptions.of(**given), backend="cpp")
 
 
 def call(factors, y, isa, g=None, rows=None, need=(True, True), vocab=None, dtype=torch.float32, precision=None, **given):
     """(divergence, cross entropy, dh, dw) of sum g (divergence + ce_weight cross entropy), whatever was not computed 0."""
     h, w, *_ = factors
-    spec, ce_weight = spec_of(**given), settings(**given)["ce_weight"]
+    spec, ce_weight = spec_of(**given), DistillOptions.of(**given).ce_weight
     out = torch.zeros(len(h)), torch.zeros(len(h))
     grads = [torch.zeros(x.shape, dtype=dtype) if needed else None for x, needed in zip((h, w), need, strict=True)]
     gs = (g, g * ce_weight) if g is not None else (None, None)
@@ -80,7 +82,7 @@ def check(factors, isa, y=None, rows=None, limit=3e-5, **given):
     divergence, ce, dh, dw = call(factors, y, isa, g, rows, **given)
     loss, want_h, want_w = oracle(factors, y, g, rows, **given)
     kept = slice(None) if rows is None else rows
-    got = (divergence + settings(**given)["ce_weight"] * ce)[kept].double()
+    got = (divergence + DistillOptions.of(**given).ce_weight * ce)[kept].double()
     assert bool(((got - loss).abs() <= 1e-5 + 3e-6 * loss.abs()).all()), float((got - loss).abs().max())
     # With one id, or one distribution twice, nothing is to be learnt: the gradient is 0 but for rounding.
     if float(want_h.norm()) > 1e-4 and float(want_w.norm()) > 1e-4:

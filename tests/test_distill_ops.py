@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from lldfast.backends import extension
 from lldfast.errors import InputError
 from lldfast.ops.dispatch import choose
-from lldfast.ops.distill.linear import Heads
-from lldfast.ops.distill.loss import distill_loss, distill_loss_from_logits, reference
-from lldfast.ops.distill.spec import resolve, settings
+from lldfast.ops.distill.head import HeadOptions
+from lldfast.ops.distill.linear import RunningTeacher
+from lldfast.ops.distill.loss import distill_loss, distill_loss_from_logits, distill_loss_topk
+from lldfast.ops.distill.options import DistillOptions
+from lldfast.ops.distill.oracle import reference
+from lldfast.ops.distill.spec import resolve
+from lldfast.ops.distill.sweep import Student
+from lldfast.ops.distill.topk import RecordedTeacher
 
 PLACES = [("cpu", "torch"), ("cpu", "cpp"), ("cuda", "auto"), ("cuda", "torch")]
 
@@ -327,6 +332,13 @@ def test_compile_fullgraph(at, reduction, teacher_vocab):
         torch.testing.assert_close(a, b)
 
 
+def check_ops(forward, weighted_sum, student, teacher):
+    arguments = (*student, *teacher.arguments())
+    torch.library.opcheck(forward, arguments)
+    weights = torch.rand(len(student.hidden), device=student.hidden.device)
+    torch.library.opcheck(weighted_sum, (weights, 0.5, *arguments, True, True, True))
+
+
 def test_opcheck(at):
     inputs = make(at, 6, 9)
     inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
@@ -334,15 +346,61 @@ def test_opcheck(at):
     bias, teacher_bias = torch.randn(2, 9, device=at.device)
     bias = bias.clone().requires_grad_()
     backend = choose("distill", at.backend, inputs.hidden)
-    spec = resolve(**settings("kl+ce", alpha=0.3, lam=0.2), valid_vocab=8, backend=backend)
+    spec = resolve(DistillOptions.of("kl+ce", alpha=0.3, lam=0.2), valid_vocab=8, backend=backend)
     inputs.labels.clamp_(max=7)
-    heads = Heads(3.0, 0.5, 2.0, 1.5, None, None)
+    student = Student(inputs.hidden, inputs.weight, bias, inputs.labels)
+    heads = HeadOptions(3.0, 0.5), HeadOptions(2.0, 1.5)
+    running = RunningTeacher(inputs.teacher_hidden, inputs.teacher_weight, teacher_bias, *heads, spec)
     ops = torch.ops.lldfast
-    torch.library.opcheck(ops.distill_linear, (*inputs, bias, teacher_bias, *heads, *spec))
-    weights = torch.rand(6, device=at.device)
-    torch.library.opcheck(ops.distill_linear_sum, (weights, 0.5, *inputs, bias, teacher_bias, *heads, *spec, True, True, True))
+    check_ops(ops.distill_linear, ops.distill_linear_sum, student, running)
     z = [torch.randn(6, 9, device=at.device) for _ in range(2)]
     torch.library.opcheck(ops.distill_logits, (z[0].requires_grad_(), z[1], inputs.labels, *spec))
+
+
+def record(teacher_hidden, teacher_weight, k):
+    """(ids, logprob, left) of the teacher's k likeliest ids."""
+    each = torch.log_softmax(teacher_hidden @ teacher_weight.T, -1)
+    logprob, ids = each.topk(k)
+    return ids, logprob, each.scatter(-1, ids, -math.inf).logsumexp(-1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_opcheck_of_a_record(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    inputs = make(Place(device, "torch"), 6, 9)
+    inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
+    inputs.labels[2] = -100
+    bias = torch.randn(9, device=device).requires_grad_()
+    spec = resolve(DistillOptions.of("kl+ce", alpha=0.3, lam=0.2))
+    student = Student(inputs.hidden, inputs.weight, bias, inputs.labels)
+    recorded = RecordedTeacher(*record(*inputs[2:4], 3), HeadOptions(3.0, 0.5), spec)
+    check_ops(torch.ops.lldfast.distill_topk, torch.ops.lldfast.distill_topk_sum, student, recorded)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile_fullgraph_of_a_record(reduction):
+    inputs = make()
+    recorded = record(*inputs[2:4], 5)
+    leaves = [x.requires_grad_() for x in inputs[:2]]
+
+    def loss(h, w):
+        return distill_loss_topk(h * 2, w, *recorded, inputs.labels, preset="kl+ce", lam=0.1, reduction=reduction).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivative_against_a_record_is_refused(reduction):
+    inputs = make()
+    hidden = inputs.hidden.requires_grad_()
+    loss = distill_loss_topk(*inputs[:2], *record(*inputs[2:4], 5), reduction=reduction)
+    (grad,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
 
 
 def test_bf16_weight_gradient_is_accumulated_in_fp32(at):
@@ -378,25 +436,43 @@ def test_an_all_masked_batch_and_no_tokens_are_a_loss_of_zero(at, reduction):
             assert bool((torch.autograd.grad(loss, leaf)[0] == 0).all())
 
 
+def peak_of(run, device):
+    """Bytes that are alive at once while it runs."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
+
+
 def test_b_t_v_memory(at):
     """Peak of what is alive during loss and backward, both models' logits and gradients in chunks: below one [T, V] tensor."""
     tokens, d, vocab = 2048, 8, 4096
     inputs = make(at, tokens, vocab, d=d, teacher_d=d)
     inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
     options = {"preset": "amid", "chunk_bytes": 1 << 20, "backend": at.backend}
-    if at.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        distill_loss(*inputs, **options).backward()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            distill_loss(*inputs, **options).backward()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        events.sort(key=lambda e: e.start_ns())
-        peak = max(itertools.accumulate(e.nbytes() for e in events))
+    peak = peak_of(lambda: distill_loss(*inputs, **options).backward(), at.device)
     # The torch path holds a dozen intermediate results, in pieces of 2 MiB.
     assert 1 << 20 < peak < tokens * vocab * 4 * 0.6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_against_a_record(reduction):
+    tokens, d, vocab = 2048, 8, 4096
+    inputs = make(tokens=tokens, vocab=vocab, d=d, teacher_d=d)
+    inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
+    recorded = record(*inputs[2:4], 4)
+
+    def run():
+        distill_loss_topk(*inputs[:2], *recorded, preset="amid", reduction=reduction, chunk_bytes=1 << 20).sum().backward()
+
+    # A chunk of 1 MiB and the intermediate results of its rows.
+    assert 1 << 20 < peak_of(run, "cpu") < tokens * vocab * 4 * 0.6
 
 
 @pytest.mark.parametrize("student,teacher,d", [(30, 34, 6), (34, 30, 6), (151936, 152064, 2)])

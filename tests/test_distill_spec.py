@@ -1,14 +1,18 @@
-"""ops/distill/spec.py: how settings and presets meet, what is refused and what is warned of."""
+"""ops/distill/options.py, spec.py: how settings and presets meet, what is refused and what is warned of."""
 
+import dataclasses
+import inspect
 import math
+import typing
 import warnings
 
 import pytest
 import torch
 
 from lldfast.errors import InputError
-from lldfast.ops.distill.loss import distill_loss_from_logits
-from lldfast.ops.distill.spec import DEFAULTS, PRESETS, settings
+from lldfast.ops.distill.loss import distill_loss, distill_loss_from_logits, distill_loss_topk
+from lldfast.ops.distill.options import NAMES, PRESETS, DistillOptions
+from lldfast.run.distill import DistillConfig
 
 
 def make():
@@ -16,22 +20,55 @@ def make():
     return torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("place", [distill_loss, distill_loss_from_logits, DistillConfig])
+def test_the_options_are_stated_alike_everywhere(place):
+    """Names, order and types are those of DistillOptions; None, the default, takes what a preset or DistillOptions has."""
+    types = typing.get_type_hints(DistillOptions)
+    of_place = typing.get_type_hints(place)
+    parameters = {name: p for name, p in inspect.signature(place).parameters.items() if name in NAMES}
+    own = {"ce_weight": (float, 1.0)} if place is DistillConfig else {}  # of the methods with +ce, so that it needs no preset
+    listed = {"ab": list[float] | None} if place is DistillConfig else {}  # YAML has no tuples
+    assert set(parameters) == set(NAMES) and (place is DistillConfig or tuple(parameters) == NAMES)
+    for name, parameter in parameters.items():
+        kind, default = own.get(name, (listed.get(name, types[name] | None), None))
+        assert of_place[name] == kind and parameter.default == default, name
+
+
+def test_the_room_names_what_is_public():
+    import lldfast as lld
+    from lldfast.ops import distill
+
+    for name in ("distill_loss", "distill_loss_from_logits", "distill_loss_topk"):
+        assert getattr(distill, name) is getattr(lld, name)
+    assert distill.DistillOptions is DistillOptions and distill_loss_topk is distill.distill_loss_topk
+    with pytest.raises(AttributeError, match="no attribute 'distill_los'"):
+        distill.distill_los  # noqa: B018
+
+
+def test_options_are_checked_and_do_not_change():
+    with pytest.raises(InputError, match="lam is the teacher's share"):
+        DistillOptions(lam=2.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DistillOptions().lam = 0.5
+
+
 def test_explicit_settings_beat_the_preset_and_none_does_not():
-    assert settings() == DEFAULTS
-    assert settings("amid") == DEFAULTS | PRESETS["amid"]
-    assert settings("skl", lam=0.3, order=None, detach_assistant=False)["lam"] == 0.3
-    assert settings("skl", lam=0.3, order=None)["order"] == "pr"
-    assert settings("taid", detach_assistant=False)["detach_assistant"] is False
-    assert settings("kl+ce", ce_weight=0.0)["ce_weight"] == 0.0
-    assert settings("srkl", lam=0)["lam"] == 0
-    assert settings("ab", ab=(1, 0))["ab"] == (1, 0)
+    of = DistillOptions.of
+    assert of() == DistillOptions()
+    assert of("amid") == DistillOptions(**PRESETS["amid"])
+    assert of("skl", lam=0.3, order=None, detach_assistant=False).lam == 0.3
+    assert of("skl", lam=0.3, order=None).order == "pr"
+    assert of("taid", detach_assistant=False).detach_assistant is False
+    assert of("kl+ce", ce_weight=0.0).ce_weight == 0.0
+    assert of("srkl", lam=0).lam == 0
+    assert of("ab", ab=(1, 0)).ab == (1, 0)
 
 
 def test_lam_of_jsd_is_its_beta():
     for chosen, beta in (({}, 0.5), ({"lam": 0.2}, 0.2), ({"beta": 0.7}, 0.7), ({"lam": 0.2, "beta": 0.7}, 0.7)):
-        got = settings("jsd", **chosen)
-        assert (got["beta"], got["lam"]) == (beta, 0.0)
-    assert settings(divergence="js", lam=0.2)["lam"] == 0.2  # without the preset it is the assistant's
+        got = DistillOptions.of("jsd", **chosen)
+        assert (got.beta, got.lam) == (beta, 0.0)
+    assert DistillOptions.of(divergence="js", lam=0.2).lam == 0.2  # without the preset it is the assistant's
 
 
 @pytest.mark.parametrize("chosen,message", [
@@ -54,7 +91,7 @@ def test_bad_settings(chosen, message):
     with pytest.raises(InputError, match=message):
         distill_loss_from_logits(*make(), **{"backend": "torch"} | chosen)
     with pytest.raises(InputError, match="distillation has no setting 'gamma'; it has divergence, order"):
-        settings("kl", gamma=1)
+        DistillOptions.of("kl", gamma=1)
 
 
 WARNED = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lldfast.errors import InputError
-from lldfast.ops.distill.spec import settings
 from lldfast.run.config import parse_config
-from lldfast.run.methods import LOSSES, DistillConfig, parse_method
+from lldfast.run.distill import DistillConfig
+from lldfast.run.methods import LOSSES, parse_method
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_preset_in_a_name_is_as_published_but_taid_moves():
     assert config.loss(parse_method("distill-amid"), 9, 10)["lam"] is None
     assert config.loss(parse_method("distill-taid"), 9, 10)["lam"] == config.loss(parse_method("distill"), 9, 10)["lam"] == 1.0
     moving = DistillConfig(preset="jsd", beta=0.3, lam_end=0.9)
-    assert [settings(**moving.loss(parse_method("distill"), i, 3))["beta"] for i in range(3)] == pytest.approx([0.3, 0.6, 0.9])
+    assert [moving.options(parse_method("distill"), i, 3).beta for i in range(3)] == pytest.approx([0.3, 0.6, 0.9])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Distillation in the training loop: running and recorded teachers, every objective, resume, refusals."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import warnings
@@ -21,10 +22,11 @@ from lldfast.errors import InputError
 from lldfast.files import read_json
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig
 from lldfast.models.scorer import Scorer, load_scorer
-from lldfast.ops.distill.loss import reference
+from lldfast.ops.distill.oracle import reference
 from lldfast.run.config import Config, ModelConfig, TargetConfig, TrainConfig
+from lldfast.run.distill import DistillConfig
 from lldfast.run.log import read_jsonl
-from lldfast.run.methods import DistillConfig, parse_method
+from lldfast.run.methods import parse_method
 from lldfast.train import run
 
 STEPS = 12
@@ -163,6 +165,11 @@ def rows_of(shards, start, domain):
     return Rows(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:]), np.array(domain), np.array(start))
 
 
+def options(method, **settings):
+    """step -> the loss that a method minimises."""
+    return functools.partial(DistillConfig(**settings).options, parse_method(method), steps=9)
+
+
 @pytest.mark.parametrize("preset", ["kl", "rkl", "skl", "jsd", "amid"])
 def test_a_whole_record_is_the_running_teacher(corpus, target, cache, preset):
     """k = V: the same loss and the same gradient."""
@@ -170,9 +177,7 @@ def test_a_whole_record_is_the_running_teacher(corpus, target, cache, preset):
     rows = rows_of(shards, [0, 3 * BLOCK, BLOCK], [0, 0, 1])
     found = []
     for teacher in (load_scorer(str(target)), TeacherCache(cache)):
-        objective = Distillation(
-            parse_method("distill+ce"), DistillConfig(preset=preset), teacher, domains=shards.domains, steps=9
-        )
+        objective = Distillation(options("distill+ce", preset=preset), teacher, domains=shards.domains)
         loss, tokens = objective(0, student(rows.x), student.head_weight, 257, rows)
         student.zero_grad()
         loss.backward()
@@ -232,7 +237,7 @@ def test_a_hugging_face_teacher_with_a_padded_head(corpus, tmp_path):
     teacher = load_scorer(model.to(torch.bfloat16), tokenizer="bytes")
     shards, student = TokenShards(corpus), GPT("test-tiny", seed=3)
     rows = rows_of(shards, [0, BLOCK], [0, 1])
-    objective = Distillation(parse_method("distill"), DistillConfig(), teacher, domains=shards.domains, steps=9)
+    objective = Distillation(options("distill"), teacher, domains=shards.domains)
     loss, _ = objective(0, student(rows.x), student.head_weight, 257, rows)
     with torch.no_grad():
         hidden = model.model(input_ids=rows.x).last_hidden_state.double()
@@ -247,9 +252,7 @@ def test_a_teacher_whose_head_cannot_be_taken_apart(corpus, target):
     values = []
     for apart in (True, False):
         teacher = whole if apart else _logits_only(whole)
-        objective = Distillation(
-            parse_method("distill+ce"), DistillConfig(preset="skl"), teacher, domains=shards.domains, steps=9
-        )
+        objective = Distillation(options("distill+ce", preset="skl"), teacher, domains=shards.domains)
         values.append(float(objective(0, student(rows.x), student.head_weight, 257, rows)[0].detach()))
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 

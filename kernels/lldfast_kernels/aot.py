@@ -35,7 +35,7 @@ _INTEGERS = {
 _NUMBERS = {"softcap", "scale", "inv_t", "a", "inv_a", "lam", "rest", "x", "y", "s", "inv_x", "inv_y", "inv_s"}
 
 
-class Spec(NamedTuple):
+class KernelSpec(NamedTuple):
     """One compilation: `aligned` are the integers that are multiples of 16 (pointers always are), `dtype` that of the inputs."""
 
     name: str
@@ -69,10 +69,10 @@ class Spec(NamedTuple):
         return ASTSource(fn=self.kernel, signature=signature, constexprs=dict(self.constexprs), attrs=attrs)
 
 
-def specs(capability: int) -> list[Spec]:
+def specs(capability: int) -> list[KernelSpec]:
     """The compilations for a compute capability (80, 90, 100)."""
     device = divmod(capability, 10)
-    found: list[Spec] = []
+    found: list[KernelSpec] = []
     for name, dtype in DTYPES.items():
         tile = tuning.tile("logprob", device, dtype)
         warps, vec = {"num_warps": tile.num_warps}, 16 // dtype.itemsize
@@ -82,26 +82,26 @@ def specs(capability: int) -> list[Spec]:
         bwd = base | {"SAME": True, "VEC": vec, "bias_ptr": None}
         # No row stride is declared a multiple of anything: this is the odd vocabulary.
         found += [
-            Spec(f"logprob_fwd {name}", logprob.logprob_fwd_kernel, name, fwd, (), warps),
-            Spec(f"logprob_fwd {name} full", logprob.logprob_fwd_kernel, name, full, (), warps),
-            Spec(f"logprob_bwd {name}", logprob.logprob_bwd_kernel, name, bwd, (), warps),
+            KernelSpec(f"logprob_fwd {name}", logprob.logprob_fwd_kernel, name, fwd, (), warps),
+            KernelSpec(f"logprob_fwd {name} full", logprob.logprob_fwd_kernel, name, full, (), warps),
+            KernelSpec(f"logprob_bwd {name}", logprob.logprob_bwd_kernel, name, bwd, (), warps),
         ]
         bias = base | {"HAS_BIAS": True, "ROWS": tuning.BIAS_ROWS}
-        found.append(Spec(f"logprob_bias {name}", logprob.logprob_bias_kernel, name, bias, ("stride_xt",), warps))
+        found.append(KernelSpec(f"logprob_bias {name}", logprob.logprob_bias_kernel, name, bias, ("stride_xt",), warps))
         tiles = {tuning.tile("linear_logprob", device, dtype, width): width for width in (2048, 768)}
         for shape, width in tiles.items():
             found += _linear(name, shape, width, capability)
         found += _sketch(name) + _distill(name, device)
     combine = {"ARGMAX": True, "ENTROPY": True, "BLOCK_T": 128}
-    found.append(Spec("logprob_combine", common.logprob_combine_kernel, "fp32", combine))
-    found.append(Spec("column_sum", common.column_sum_kernel, "fp32", {"ADD": True, "BLOCK_V": 1024}))
+    found.append(KernelSpec("logprob_combine", common.logprob_combine_kernel, "fp32", combine))
+    found.append(KernelSpec("column_sum", common.column_sum_kernel, "fp32", {"ADD": True, "BLOCK_V": 1024}))
     second = {"WIDTH": tuning.SKETCH_COMBINE_WIDTH, "AHEAD": tuning.SKETCH_COMBINE_AHEAD}
-    found.append(Spec("sketch_combine", sketch.sketch_combine_kernel, "fp32", second, (), {"num_warps": 1}))
-    found.append(Spec("sketch_sum", sketch.sketch_sum_kernel, "fp32", {"WIDTH": 256}, (), {"num_warps": 4}))
+    found.append(KernelSpec("sketch_combine", sketch.sketch_combine_kernel, "fp32", second, (), {"num_warps": 1}))
+    found.append(KernelSpec("sketch_sum", sketch.sketch_sum_kernel, "fp32", {"WIDTH": 256}, (), {"num_warps": 4}))
     return found
 
 
-def _sketch(name: str) -> list[Spec]:
+def _sketch(name: str) -> list[KernelSpec]:
     """Tiles of 4096, as for every k from there on; "alone" is one block, "full" a small tensor with all that can be asked for."""
     fold, outer = sketch.sketch_fold_kernel, sketch.sketch_outer_kernel
     warps, outer_warps = {"num_warps": tuning.SKETCH_WARPS}, {"num_warps": tuning.SKETCH_OUTER_WARPS}
@@ -111,21 +111,21 @@ def _sketch(name: str) -> list[Spec]:
     full: dict[str, Any] = shape | {"HAS_SCALE": True, "SOURCE": True, "PARTIAL": False}
     no_dots = {"DOTS": 0, "dot0_ptr": None, "dot1_ptr": None}
     found = [
-        Spec(f"sketch_fold {name}", fold, name, plain | no_dots, (), warps),
-        Spec(f"sketch_fold {name} full", fold, name, full | {"DOTS": 2}, (), warps),
-        Spec(f"sketch_outer {name}", outer, name, plain, (), outer_warps),
-        Spec(f"sketch_outer {name} full", outer, name, full, (), outer_warps),
+        KernelSpec(f"sketch_fold {name}", fold, name, plain | no_dots, (), warps),
+        KernelSpec(f"sketch_fold {name} full", fold, name, full | {"DOTS": 2}, (), warps),
+        KernelSpec(f"sketch_outer {name}", outer, name, plain, (), outer_warps),
+        KernelSpec(f"sketch_outer {name} full", outer, name, full, (), outer_warps),
     ]
     if name == "fp32":
         found += [
-            Spec(f"sketch_fold {name} alone", fold, name, alone | no_dots, (), warps),
-            Spec(f"sketch_fold {name} k=8", fold, name, plain | no_dots | {"ROWS": 1, "LANES": 8}, (), {"num_warps": 1}),
-            Spec(f"sketch_outer {name} alone", outer, name, alone, (), outer_warps),
+            KernelSpec(f"sketch_fold {name} alone", fold, name, alone | no_dots, (), warps),
+            KernelSpec(f"sketch_fold {name} k=8", fold, name, plain | no_dots | {"ROWS": 1, "LANES": 8}, (), {"num_warps": 1}),
+            KernelSpec(f"sketch_outer {name} alone", outer, name, alone, (), outer_warps),
         ]
     return found
 
 
-def _distill(name: str, device: tuple[int, int]) -> list[Spec]:
+def _distill(name: str, device: tuple[int, int]) -> list[KernelSpec]:
     """Forward KL, AMiD, and D(q, r) with cross entropy at another temperature; "forward" has no gradient."""
     kl: dict[str, Any] = {
         "assistant": 1, "a": 0.0, "order": 0, "divergence": 0, "x": 0.0, "y": 0.0, "detach": False, "temperature": 1.0,
@@ -147,12 +147,14 @@ def _distill(name: str, device: tuple[int, int]) -> list[Spec]:
         flags = distill.constants(spec, grad) | dict.fromkeys(absent) | {"BLOCK_V": tile.BLOCK_V}
         strides = ("stride_sr", "stride_tr", "stride_or")
         found.append(
-            Spec(f"distill {variant} {name}", distill.distill_rows_kernel, name, flags, strides, {"num_warps": tile.num_warps})
+            KernelSpec(
+                f"distill {variant} {name}", distill.distill_rows_kernel, name, flags, strides, {"num_warps": tile.num_warps}
+            )
         )
     return found
 
 
-def _linear(name: str, tile: tuning.Tile, width: int, capability: int) -> list[Spec]:
+def _linear(name: str, tile: tuning.Tile, width: int, capability: int) -> list[KernelSpec]:
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     base: dict[str, Any] = {"HAS_BIAS": False, "SOFTCAP": False, "bias_ptr": None, "GROUP_T": tuning.GROUP_T}
     base |= {"BLOCK_T": tile.BLOCK_T, "BLOCK_V": tile.BLOCK_V, "BLOCK_D": tile.BLOCK_D}
@@ -162,9 +164,11 @@ def _linear(name: str, tile: tuning.Tile, width: int, capability: int) -> list[S
     aligned = ("D", "stride_ht", "stride_wv", "stride_ot")
     pointers, dz = linear_logprob.linear_logprob_fwd_kernel, linear_logprob.linear_logprob_dz_kernel
     found = [
-        Spec(f"linear_logprob_fwd {name} d={width}", pointers, name, fwd | {"EVEN_D": True}, aligned, options),
-        Spec(f"linear_logprob_fwd {name} d={width} full", pointers, name, full | {"EVEN_D": True}, aligned, options),
-        Spec(f"linear_logprob_dz {name} d={width}", dz, name, base | {"COLUMN_SUMS": True, "EVEN_D": True}, aligned, options),
+        KernelSpec(f"linear_logprob_fwd {name} d={width}", pointers, name, fwd | {"EVEN_D": True}, aligned, options),
+        KernelSpec(f"linear_logprob_fwd {name} d={width} full", pointers, name, full | {"EVEN_D": True}, aligned, options),
+        KernelSpec(
+            f"linear_logprob_dz {name} d={width}", dz, name, base | {"COLUMN_SUMS": True, "EVEN_D": True}, aligned, options
+        ),
     ]
     if capability >= 90 and name != "fp32":
         kernel = linear_logprob.linear_logprob_fwd_tma_kernel
@@ -173,11 +177,11 @@ def _linear(name: str, tile: tuning.Tile, width: int, capability: int) -> list[S
         if capability < 100:
             variants.append((" specialized", fwd | {"SPECIALIZE": True}, {"num_warps": 4, "num_stages": 4}))
         for extra, flags, settings in variants:
-            found.append(Spec(f"linear_logprob_fwd_tma {name} d={width}{extra}", kernel, name, flags, aligned, settings))
+            found.append(KernelSpec(f"linear_logprob_fwd_tma {name} d={width}{extra}", kernel, name, flags, aligned, settings))
     return found
 
 
-def compile_spec(spec: Spec, capability: int) -> Any:
+def compile_spec(spec: KernelSpec, capability: int) -> Any:
     """triton's CompiledKernel: .asm["ptx"], .asm["cubin"], .metadata.shared."""
     return triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options)
 

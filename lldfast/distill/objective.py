@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,8 +13,8 @@ from lldfast.distill.cache import TeacherCache
 from lldfast.errors import InputError
 from lldfast.models.scorer import Scorer
 from lldfast.ops.distill.loss import DistillTokens, distill_loss, distill_loss_from_logits, distill_loss_topk
+from lldfast.ops.distill.options import DistillOptions
 from lldfast.ops.linear_logprob import linear_cross_entropy
-from lldfast.run.methods import DistillConfig, Method
 
 
 class Rows(NamedTuple):
@@ -38,27 +39,27 @@ def cross_entropy(step: int, hidden: Tensor, weight: Tensor, vocab: int, rows: R
 
 
 class Distillation:
-    """The Objective of a distilled method: its loss at each step against a Scorer that runs, or a TeacherCache.
+    """The Objective of a distilled method.
 
     Args:
+        options: the loss at a step of the run.
+        teacher: a Scorer that runs, or a TeacherCache.
         domains: names that the rows' domain numbers stand for.
-        steps: of the whole run, over which lam moves to `lam_end`.
     """
 
-    def __init__(
-        self, method: Method, config: DistillConfig, teacher: Scorer | TeacherCache, *, domains: list[str], steps: int
-    ) -> None:
-        self.method, self.config, self.teacher, self.domains, self.steps = method, config, teacher, domains, steps
+    def __init__(self, options: Callable[[int], DistillOptions], teacher: Scorer | TeacherCache, *, domains: list[str]) -> None:
+        self.options, self.teacher, self.domains = options, teacher, domains
         self._head: dict[str, Any] = {}
 
     def __call__(self, step: int, hidden: Tensor, weight: Tensor, vocab: int, rows: Rows) -> tuple[Tensor, Tensor]:
-        options = self.config.loss(self.method, step, self.steps) | {"valid_vocab": vocab, "return_tokens": True}
+        chosen = self.options(step)
+        options = vars(chosen) | {"valid_vocab": vocab, "return_tokens": True}
         if isinstance(self.teacher, TeacherCache):
             ids, logprob, left = (x.to(hidden.device) for x in self.teacher.rows(rows.domain, rows.start, self.domains))
             loss, tokens = distill_loss_topk(hidden, weight, ids, logprob, left, rows.y, **options)
         else:
             loss, tokens = self._running(self.teacher, hidden, weight, rows, options)
-        return loss, tokens.divergence + options["ce_weight"] * tokens.ce
+        return loss, tokens.divergence + chosen.ce_weight * tokens.ce
 
     def _running(
         self, teacher: Scorer, hidden: Tensor, weight: Tensor, rows: Rows, options: dict[str, Any]

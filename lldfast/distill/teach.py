@@ -25,7 +25,7 @@ from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.models.scoring import evaluating, layer_tokens
 from lldfast.ops.chunks import NEG_INF, accumulate_dtype, row_chunks
-from lldfast.ops.torch_linear import LEAST_ROWS, Head
+from lldfast.ops.head import LEAST_ROWS, HeadProduct
 
 
 def teach(
@@ -168,7 +168,7 @@ class _Teacher:
 
     def __init__(self, scorer: Scorer, k: int, layer_windows: int) -> None:
         self.scorer, self.k, self.layer_windows = scorer, k, layer_windows
-        self._head: Head | None = None
+        self._head: HeadProduct | None = None
 
     def __call__(self, windows: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """windows [n, T] -> ids [n, T, k], logprob [n, T, k], rest [n, T]."""
@@ -185,7 +185,7 @@ class _Teacher:
     def _of_hidden(self, hidden: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         options = self.scorer.head().options()
         if self._head is None:
-            self._head = Head(hidden, self.scorer.head().weight, options["bias"], self.scorer.vocab_size, None)
+            self._head = HeadProduct(hidden, self.scorer.head().weight, options["bias"], self.scorer.vocab_size, None)
         head, found = self._head, []
         for chunk in row_chunks(len(hidden), self.scorer.vocab_size, head.dtype, hidden.device, LEAST_ROWS):
             z = head.logits(head.rows(hidden, chunk), options["softcap"], options["logit_scale"])

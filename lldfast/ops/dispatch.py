@@ -14,8 +14,6 @@ from lldfast.backends import isa, resolve
 from lldfast.errors import InputError
 from lldfast.ops.chunks import is_shard, kept_rows, local_vocab
 
-PRECISIONS = (None, "fp32", "bf16", "bf16x3")
-
 # The fields of Options, as torch.library's schemas want them.
 OPTIONS = "float? softcap, float logit_scale, int ignore_index, int? valid_vocab, int vocab_start, str? precision, str backend"
 
@@ -72,9 +70,3 @@ def choose(op: str, backend: str, *tensors: Tensor | None) -> str:
     """
     present = [t for t in tensors if t is not None]
     return _choose(op, backend, present[0].device.type, any(t.dtype == torch.float64 for t in present))
-
-
-def check_precision(precision: str | None, known: tuple[str | None, ...] = PRECISIONS) -> None:
-    if precision not in known:
-        names = ", ".join(repr(name) for name in known if name is not None)
-        raise InputError(f"precision={precision!r} is not one of {names}, or None")

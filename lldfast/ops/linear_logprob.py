@@ -12,10 +12,13 @@ from torch import Tensor
 from lldfast.errors import InputError
 from lldfast.ops import logprob as given
 from lldfast.ops import native, torch_linear
+from lldfast.ops.autocast import autocast_factors
+from lldfast.ops.check import check_bias, check_precision, check_reduction, check_scoring
 from lldfast.ops.chunks import Outputs, accumulate_dtype, local_vocab
-from lldfast.ops.dispatch import OPTIONS, Options, check_precision, choose
-from lldfast.ops.logprob import LogprobResult, check_bias, check_inputs, shape_result
-from lldfast.ops.torch_linear import Grads, Head
+from lldfast.ops.dispatch import OPTIONS, Options, choose
+from lldfast.ops.grads import Grads, scale_grads
+from lldfast.ops.head import HeadProduct
+from lldfast.ops.logprob import LogprobResult
 
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> LogprobResult:
@@ -64,7 +67,7 @@ def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
         h, w = factors(hidden[every], weight, o.precision)
         out.put(every, linear_logprob_fwd(h, w, y[every], **o.triton(vocab, bias), argmax=argmax, entropy=entropy), o.vocab_start)
     else:
-        head = Head(hidden, weight, bias, vocab, o.precision)
+        head = HeadProduct(hidden, weight, bias, vocab, o.precision)
         torch_linear.forward(head, hidden, y, kept, o.shard(len(weight)), o.softcap, o.logit_scale, o.vocab_start, out)
     return tuple(out)
 
@@ -120,7 +123,7 @@ def _backward(
             dh = torch.zeros_like(hidden)
             dh[kept] = part.to(hidden.dtype)
     else:
-        head = Head(hidden, weight, bias, vocab, o.precision)
+        head = HeadProduct(hidden, weight, bias, vocab, o.precision)
         grads = Grads.zeros(hidden, weight, head.dtype, *needs)
         torch_linear.backward(head, g, h, logprob, lse, hidden, y, kept, o.shard(len(weight)), o.softcap, o.logit_scale, grads)
         dh, dw, db = grads
@@ -184,7 +187,7 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
     """
     o, needs = Options(*rest[:-3]), rest[-3:]
     vocab = o.vocab(len(weight))
-    head = Head(hidden, weight, bias, vocab, o.precision)
+    head = HeadProduct(hidden, weight, bias, vocab, o.precision)
     grads = Grads.zeros(hidden, weight, head.dtype, *needs)
     kept = o.kept(len(weight), labels)
     logprobs = hidden.new_zeros(len(hidden), dtype=head.dtype)
@@ -213,25 +216,6 @@ def _(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest
     return loss, scored, logprobs, *Grads.zeros(hidden, weight, dtype, *rest[-3:])
 
 
-@torch.library.custom_op("lldfast::linear_cross_entropy_backward", mutates_args=())
-def scale_grads(
-    g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, dh: Tensor, dw: Tensor, db: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum times the upstream g, in the inputs' dtypes.
-
-    An op of its own, and given the inputs, because it has no autograd formula: a second derivative raises instead of being 0.
-    """
-    return (dh * g).to(hidden.dtype), (dw * g).to(weight.dtype), (db * g).to(db.dtype if bias is None else bias.dtype)
-
-
-@scale_grads.register_fake
-def _(
-    g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, dh: Tensor, dw: Tensor, db: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtypes = (hidden.dtype, weight.dtype, db.dtype if bias is None else bias.dtype)
-    return tuple(torch.empty_like(x, dtype=t) for x, t in zip((dh, dw, db), dtypes, strict=True))  # type: ignore[return-value]
-
-
 def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # the outputs that nobody differentiates are as large as the gradients
     hidden, weight, _, bias = inputs[:4]
@@ -251,17 +235,6 @@ def _cross_entropy_autograd(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tu
 _cross_entropy.register_autograd(_cross_entropy_autograd, setup_context=_cross_entropy_setup)
 
 
-def autocast_factors(hidden: Tensor, weight: Tensor, precision: str | None) -> tuple[Tensor, Tensor, str | None]:
-    """Hidden states, weight and precision; under autocast those that a linear layer would multiply by. Sums stay in fp32."""
-    device = hidden.device.type
-    if precision is None and device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        if dtype == torch.bfloat16:
-            return hidden, weight, "bf16"
-        return hidden.to(dtype), weight.to(dtype), None
-    return hidden, weight, precision
-
-
 def _prepare(
     hidden: Tensor,
     weight: Tensor,
@@ -275,7 +248,7 @@ def _prepare(
 ) -> tuple[Tensor, Tensor, Tensor, str | None]:
     """Checked inputs, hidden flattened to [T, d] and labels to [T], and the precision."""
     inputs = {"hidden": hidden, "weight": weight, "bias": bias}
-    check_inputs(inputs, labels, hidden.shape[:-1], softcap, logit_scale, valid_vocab, vocab_start)
+    check_scoring(inputs, labels, hidden.shape[:-1], softcap, logit_scale, valid_vocab, vocab_start)
     check_precision(precision)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise InputError(f"weight has shape {tuple(weight.shape)}, but hidden has width {hidden.shape[-1]}: it must be [V, d]")
@@ -317,7 +290,7 @@ def linear_logprob(
     backend = choose("linear_logprob", backend, hidden, weight)
     options = Options(softcap, logit_scale, ignore_index, valid_vocab, vocab_start, precision, backend)
     out = _forward(x, w, y, bias, *options, return_argmax, return_entropy)
-    return shape_result(out, labels.shape, return_lse, return_argmax, return_entropy)
+    return LogprobResult.shaped(out, labels.shape, return_lse, return_argmax, return_entropy)
 
 
 @overload
@@ -353,8 +326,7 @@ def linear_cross_entropy(  # type: ignore[misc]
     Raises:
         InputError: as `linear_logprob`, or an unknown reduction.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise InputError(f"reduction={reduction!r} is not 'mean', 'sum' or 'none'")
+    check_reduction(reduction)
     x, w, y, precision = _prepare(hidden, weight, labels, bias, softcap, logit_scale, valid_vocab, 0, precision)
     if valid_vocab is not None and valid_vocab > weight.shape[0]:
         raise InputError(f"valid_vocab={valid_vocab} is more than the {weight.shape[0]} rows of weight")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lldfast.errors import InputError
 from lldfast.ops import native
+from lldfast.ops.check import check_bias, check_precision, check_scoring
 from lldfast.ops.chunks import (
     NEG_INF,
     Outputs,
@@ -23,7 +24,7 @@ from lldfast.ops.chunks import (
     softmax_stats_,
     transform_,
 )
-from lldfast.ops.dispatch import OPTIONS, Options, check_precision, choose
+from lldfast.ops.dispatch import OPTIONS, Options, choose
 
 
 class LogprobResult(NamedTuple):
@@ -38,6 +39,20 @@ class LogprobResult(NamedTuple):
     argmax: Tensor | None = None
     entropy: Tensor | None = None
     max_logit: Tensor | None = None
+
+    @classmethod
+    def shaped(
+        cls, out: tuple[Tensor, ...], shape: Sequence[int], return_lse: bool, return_argmax: bool, return_entropy: bool
+    ) -> "LogprobResult":
+        """From an op's outputs (logprob, lse, argmax, entropy, max logit), each [T]."""
+        logprob, lse, argmax, entropy, top = out
+        return cls(
+            logprob.reshape(shape),
+            lse.reshape(shape) if return_lse else None,
+            argmax.reshape(shape) if return_argmax else None,
+            entropy.reshape(shape) if return_entropy else None,
+            top.reshape(shape) if return_argmax else None,
+        )
 
 
 def reference(
@@ -78,53 +93,6 @@ def reference(
         torch.where(kept, entropy, zero),
         torch.where(kept, top, zero),
     )
-
-
-def check_inputs(
-    inputs: dict[str, Tensor | None],
-    labels: Tensor,
-    rows: Sequence[int],
-    softcap: float | None,
-    logit_scale: float,
-    valid_vocab: int | None,
-    vocab_start: int,
-) -> None:
-    """Refuse what cannot be scored, with a message that names the argument. `rows` is the shape that labels must have."""
-    check_tensors(inputs, labels, rows)
-    for name, number in (("softcap", softcap), ("logit_scale", logit_scale)):
-        if isinstance(number, Tensor):
-            raise InputError(f"{name} must be a number: to learn a scale, multiply the hidden states (and the bias) by it")
-    if softcap is not None and not 1e-30 <= softcap <= 1e30:
-        raise InputError(f"softcap must be positive and finite, not {softcap}")
-    if not -1e30 <= logit_scale <= 1e30:
-        raise InputError(f"logit_scale must be finite, not {logit_scale}")
-    if vocab_start < 0 or (valid_vocab is not None and valid_vocab < 1):
-        raise InputError(f"vocab_start must be >= 0 and valid_vocab >= 1, not {vocab_start} and {valid_vocab}")
-
-
-def check_tensors(inputs: dict[str, Tensor | None], labels: Tensor | None, rows: Sequence[int]) -> None:
-    """Refuse inputs that are no floating-point tensors on one device, and labels that are no integers of shape `rows`."""
-    present = {name: x for name, x in (*inputs.items(), ("labels", labels)) if x is not None}
-    where = "labels" if labels is not None else next(iter(present))
-    for name, tensor in present.items():
-        if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
-            raise InputError(f"{name} is a DTensor: pass its local part (to_local()), with vocab_start for a vocabulary shard")
-        if name != "labels" and not tensor.is_floating_point():
-            raise InputError(f"{name} must be a floating-point tensor, not {tensor.dtype}")
-        if tensor.device != present[where].device:
-            verb = "are" if where == "labels" else "is"
-            raise InputError(f"{name} is on {tensor.device} but {where} {verb} on {present[where].device}")
-    if labels is None:
-        return
-    if labels.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"labels must be int32 or int64, not {labels.dtype}")
-    if tuple(labels.shape) != tuple(rows):
-        raise InputError(f"labels have shape {tuple(labels.shape)}, the inputs have {tuple(rows)} tokens")
-
-
-def check_bias(bias: Tensor | None, vocab: int) -> None:
-    if bias is not None and tuple(bias.shape) != (vocab,):
-        raise InputError(f"bias has shape {tuple(bias.shape)}, the vocabulary dimension has {vocab}")
 
 
 _INPUTS = f"Tensor logits, Tensor labels, Tensor? bias, {OPTIONS}"
@@ -250,19 +218,6 @@ def _autograd(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def shape_result(
-    out: tuple[Tensor, ...], shape: Sequence[int], return_lse: bool, return_argmax: bool, return_entropy: bool
-) -> LogprobResult:
-    logprob, lse, argmax, entropy, top = out
-    return LogprobResult(
-        logprob.reshape(shape),
-        lse.reshape(shape) if return_lse else None,
-        argmax.reshape(shape) if return_argmax else None,
-        entropy.reshape(shape) if return_entropy else None,
-        top.reshape(shape) if return_argmax else None,
-    )
-
-
 def logprob(
     logits: Tensor,
     labels: Tensor,
@@ -292,13 +247,13 @@ def logprob(
     Raises:
         InputError: shapes, dtypes or devices do not fit, a label is out of range, an option or backend is unknown.
     """
-    check_inputs({"logits": logits, "bias": bias}, labels, logits.shape[:-1], softcap, logit_scale, valid_vocab, vocab_start)
+    check_scoring({"logits": logits, "bias": bias}, labels, logits.shape[:-1], softcap, logit_scale, valid_vocab, vocab_start)
     check_precision(precision, (None, "fp32"))
     check_bias(bias, logits.shape[-1])
     options = Options(softcap, logit_scale, ignore_index, valid_vocab, vocab_start, precision, choose("logprob", backend, logits))
     flat = logits.reshape(-1, logits.shape[-1]) if logits.dim() != 2 else logits
     out = _forward(flat, labels.reshape(-1), bias, *options, return_argmax, return_entropy)
-    return shape_result(out, labels.shape, return_lse, return_argmax, return_entropy)
+    return LogprobResult.shaped(out, labels.shape, return_lse, return_argmax, return_entropy)
 
 
 def merge_vocab_shards(shards: Sequence[LogprobResult]) -> LogprobResult:

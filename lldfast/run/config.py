@@ -18,7 +18,8 @@ import yaml
 
 from lldfast.errors import InputError, deprecated
 from lldfast.gram.options import GramOptions
-from lldfast.run.methods import DistillConfig, Method, parse_method
+from lldfast.run.distill import DistillConfig
+from lldfast.run.methods import Method, parse_method
 from lldfast.schedule import estimation_steps
 from lldfast.weights.rules import Rule, RuleOptions
 

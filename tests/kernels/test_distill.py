@@ -7,9 +7,10 @@ import warnings
 import pytest
 import torch
 
-from lldfast.ops.distill import loss as distill
 from lldfast.ops.distill import math as distill_math
-from lldfast.ops.distill.spec import DIVERGENCES, ORDERS, resolve, settings
+from lldfast.ops.distill.options import DIVERGENCES, ORDERS, DistillOptions
+from lldfast.ops.distill.oracle import reference
+from lldfast.ops.distill.spec import resolve
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
@@ -46,7 +47,7 @@ def name_of(loss):
 def spec_of(**given):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the losses that collapse in training
-        return resolve(**settings(given.pop("preset", None), **given), backend="triton")
+        return resolve(DistillOptions.of(**given), backend="triton")
 
 
 def rows(student, teacher, y, spec, g=None, g_ce=None, out=None):
@@ -64,15 +65,11 @@ def make(tokens, vocab, device, vocab_t=None, scale=3.0, dtype=torch.float32, dt
 
 def oracle(student, teacher, y, g, g_ce, **loss):
     """Textbook formulas under autograd: (divergence, cross entropy, gradient) in fp64."""
-    x, ce_weight = student.double().requires_grad_(), settings(loss.get("preset"), **loss_of(loss))["ce_weight"]
-    divergence = distill.reference(x, teacher, y, reduction="none", **loss | {"ce_weight": 0.0})
+    x, ce_weight = student.double().requires_grad_(), DistillOptions.of(**loss).ce_weight
+    divergence = reference(x, teacher, y, reduction="none", **loss | {"ce_weight": 0.0})
     ce = torch.nn.functional.cross_entropy(x, y, reduction="none") if ce_weight else torch.zeros_like(divergence)
     total = (g * divergence + g_ce * ce).sum() + 0 * x.sum()  # D(p, p) does not depend on x
     return divergence.detach(), ce.detach(), torch.autograd.grad(total, x)[0]
-
-
-def loss_of(loss):
-    return {name: value for name, value in loss.items() if name != "preset"}
 
 
 def close(got, want, factor=4e-6, rounding=0.0):

@@ -7,20 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lldfast.ops.chunks import accumulate_dtype, kept_rows, pieces
+from lldfast.ops.chunks import accumulate_dtype, pieces
 from lldfast.ops.distill import rows as distill_rows
 from lldfast.ops.distill.spec import SPEC, Spec
 
 _INPUTS = f"Tensor student, Tensor teacher, Tensor? labels, {SPEC}"
-
-
-def kept(spec: Spec, labels: Tensor | None, vocab: int) -> Tensor | None:
-    """Indices of the tokens that count, None for all.
-
-    Raises:
-        InputError: a label that is not ignore_index lies outside [0, vocab).
-    """
-    return None if labels is None else kept_rows(labels, spec.ignore_index, vocab)
 
 
 @torch.library.custom_op("lldfast::distill_logits", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
@@ -29,7 +20,7 @@ def forward(student: Tensor, teacher: Tensor, labels: Tensor | None, *rest: Any)
     spec, dtype = Spec(*rest), accumulate_dtype(student, teacher)
     divergence, ce = student.new_zeros(len(student), dtype=dtype), student.new_zeros(len(student), dtype=dtype)
     vocab_s, vocab_t = distill_rows.vocabularies(spec, student.shape[1], teacher.shape[1])
-    rows = kept(spec, labels, vocab_s)
+    rows = distill_rows.kept(spec, labels, vocab_s)
     count = len(student) if rows is None else len(rows)
     for chunk in pieces(count, max(vocab_s, vocab_t), 4, distill_rows.budget(spec, student.device)):
         at = chunk if rows is None else rows[chunk]
@@ -53,7 +44,7 @@ def backward(g_divergence: Tensor, g_ce: Tensor, student: Tensor, teacher: Tenso
     """Gradient by the student's logits [T, V_s] in their dtype; 0 at ignored tokens and behind valid_vocab."""
     spec = Spec(*rest)
     vocab_s, vocab_t = distill_rows.vocabularies(spec, student.shape[1], teacher.shape[1])
-    rows = kept(spec, labels, vocab_s)
+    rows = distill_rows.kept(spec, labels, vocab_s)
     whole = rows is None and vocab_s == student.shape[1]
     out = (torch.empty_like if whole else torch.zeros_like)(student, memory_format=torch.contiguous_format)
     count = len(student) if rows is None else len(rows)

@@ -1,6 +1,6 @@
 """Rows of student and teacher logits -> loss per token and the gradient by the student's logits, in torch.
 
-Per vocabulary entry, with P = log p, Q = log q, R = log r normalised (distill_spec.py), (A, B) the two of them that `order` names
+Per vocabulary entry, with P = log p, Q = log q, R = log r normalised (options.py), (A, B) the two of them that `order` names
 and delta = A - B; e^A, e^B are written A^, B^:
 
     assistant, u = a (P - Q), e = expm1(-|u|), c = lam where u <= 0 else 1 - lam:

@@ -1,4 +1,4 @@
-"""Chunks of rows of both models' logits through the kernel of a backend: what the two distillation ops share."""
+"""Chunks of rows of both models' logits through the kernel of a backend, and what the ops need to cut them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lldfast.ops import native
-from lldfast.ops.chunks import accumulate_dtype, local_vocab, pieces
+from lldfast.ops.chunks import accumulate_dtype, kept_rows, local_vocab, pieces
 from lldfast.ops.distill import math as distill_math
 from lldfast.ops.distill.spec import Spec
 
@@ -21,9 +21,23 @@ def budget(spec: Spec, device: torch.device) -> int:
     return spec.chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
 
 
+def vocabulary(spec: Spec, rows: int) -> int:
+    """How many of a model's vocabulary rows are real."""
+    return local_vocab(rows, spec.valid_vocab, 0)
+
+
 def vocabularies(spec: Spec, student: int, teacher: int) -> tuple[int, int]:
-    """How many of each model's vocabulary rows are real."""
-    return local_vocab(student, spec.valid_vocab, 0), local_vocab(teacher, spec.valid_vocab, 0)
+    """`vocabulary` of both models."""
+    return vocabulary(spec, student), vocabulary(spec, teacher)
+
+
+def kept(spec: Spec, labels: Tensor | None, vocab: int) -> Tensor | None:
+    """Indices of the tokens that count, None for all.
+
+    Raises:
+        InputError: a label that is not ignore_index lies outside [0, vocab).
+    """
+    return None if labels is None else kept_rows(labels, spec.ignore_index, vocab)
 
 
 def run(

@@ -54,6 +54,16 @@ def check_k(k: int) -> int:
     return int(k)
 
 
+def check_offset(offset: int) -> None:
+    """Refuse what is no place of the flat parameter space.
+
+    Raises:
+        InputError: naming offset.
+    """
+    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62:
+        raise InputError(f"offset must be an integer >= 0, got {offset!r}")
+
+
 def tile_plan(first: int, count: int, k: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where tiles first .. first + count - 1 of the flat space go: chunk c, bucket tile J, mask r (int64 [count]) and signs
     (bool [count, L], true is minus)."""
@@ -173,8 +183,7 @@ def _check(out: Tensor, g: Tensor, offset: int, seed: int, scale: Tensor | None,
     check_seed(seed)
     if g.dtype not in DTYPES:
         raise InputError(f"g must be fp32, bf16, fp16 or fp64, got {g.dtype}")
-    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62:
-        raise InputError(f"offset must be an integer >= 0, got {offset!r}")
+    check_offset(offset)
     if len(dots) > MAX_DOTS:
         raise InputError(f"fold takes at most {MAX_DOTS} tensors in dots, got {len(dots)}")
     if scale is not None and scale.dtype != torch.float32:

@@ -25,7 +25,7 @@ from lldfast.errors import InputError
 from lldfast.ops import native
 from lldfast.ops.dispatch import choose
 from lldfast.ops.sketch import fold as sketch
-from lldfast.ops.sketch.fold import DTYPES, LANES, TILE, check_k
+from lldfast.ops.sketch.fold import DTYPES, LANES, TILE, check_k, check_offset
 from lldfast.ops.sketch.philox import MASK, check_seed, philox
 
 BLOCK_ENTRIES = 1 << 22  # of W_n at a time, where it is a product of matrices
@@ -89,8 +89,7 @@ def fold_outer(
             raise InputError(f"{what} must be [N, T, columns] in fp32, bf16, fp16 or fp64, got {x.dtype} {tuple(x.shape)}")
     if a.shape[:2] != b.shape[:2] or len(out) != len(a):
         raise InputError(f"out, a and b must agree in N, a and b in T: {[tuple(x.shape) for x in (out, a, b)]}")
-    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62:
-        raise InputError(f"offset must be an integer >= 0, got {offset!r}")
+    check_offset(offset)
     if b.device != a.device or (scale is not None and scale.device != a.device):
         raise InputError("a, b and scale must be on one device")
     size = a.shape[2] * b.shape[2]
