@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from lldfast import __version__
+from lldfast.backends import describe_device, pick_device
 from lldfast.data.evalset import EvalSet
 from lldfast.data.making.prepare import prepare
 from lldfast.data.shards import TokenShards
@@ -35,8 +36,9 @@ from lldfast.models.gpt import GPT, PRESETS, GPTConfig, read_gpt_json
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.run.config import Config, with_defaults
 from lldfast.run.methods import parse_method
-from lldfast.run.place import pick_device, pick_dtype, resolve_location
+from lldfast.run.place import pick_dtype, resolve_location
 from lldfast.schedule import estimation_steps
+from lldfast.terminal import note
 from lldfast.weights.equations import simplex
 from lldfast.weights.file import disclosure, distillation_disclosure, load_weights
 
@@ -73,8 +75,9 @@ class Experiment:
         check_same_run(out, config)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        device = pick_device(config.train.device)
+        device = pick_device(config.train.device, "train.device")
         dtype = pick_dtype(config.train.dtype, device)
+        note(f"device: {describe_device(device, dtype)}")
         shards, evalset, tokenizer = open_data(config)
         target = identity = target_scorer = None
         ground_truth = load_weights(config.target.weights, shards.domains) if config.target.weights else None
@@ -308,16 +311,7 @@ def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:
         folder = prepare(
             "builtin" if d.source == ["builtin"] else d.source,
             Path(config.out) / "data",
-            domain_field=d.domain_field,
-            text_field=d.text_field,
-            tokenizer=resolve_location(d.tokenizer),
-            vocab_size=d.vocab_size,
-            domains=d.domains,
-            eval_texts=d.eval_texts,
-            eval_per_domain=d.eval_per_domain,
-            estimate_share=d.estimate_share,
-            max_documents=d.max_documents,
-            seed=d.seed,
+            **d.corpus_options() | {"tokenizer": resolve_location(d.tokenizer)},
             progress=config.log.progress,
         )
     shards = TokenShards(folder)

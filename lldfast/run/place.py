@@ -1,4 +1,4 @@
-"""Where things are and what they run on: locations of files and models, devices, dtypes."""
+"""Where things are and what they are computed in: locations of files and models, the dtype that fits a device."""
 
 from __future__ import annotations
 
@@ -39,18 +39,6 @@ def resolve_location(spec: str) -> str:
             raise InputError(f"{spec}: package {name!r} has no file {pattern!r}")
         return str(files[0])
     return spec
-
-
-def pick_device(name: str, what: str = "train.device") -> torch.device:
-    """ "auto" is cuda where there is one, else cpu: scores are summed in fp64, which mps lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" makes tensors, and has no values
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{what} {name!r} cannot be used here: {error}") from None
-    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
