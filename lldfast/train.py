@@ -46,6 +46,7 @@ from lldfast.run.methods import Method, parse_method
 from lldfast.run.optimizer import make_optimizer
 from lldfast.run.place import resolve_location
 from lldfast.schedule import estimation_steps, learning_rate
+from lldfast.terminal import exit_status
 from lldfast.weights.equations import with_floor
 from lldfast.weights.file import (
     combine,
@@ -452,6 +453,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from lldfast.__main__ import main as command_line
-
-    sys.exit(command_line(["train", *sys.argv[1:]]))
+    sys.exit(exit_status(main))
