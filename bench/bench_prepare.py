@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lldfast.data.making.encode import Part, encode
-from lldfast.data.making.evalplan import Plan, digest_of, make_plan
+from lldfast.data.making.evalplan import EvalPlan, digest_of, make_plan
 from lldfast.data.making.prepare import prepare
 from lldfast.data.making.sources import Source
 from lldfast.data.tokenizer import TiktokenTokenizer
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"median ratio to bare tiktoken: encode {medians[0]:.2f}, prepare {medians[1]:.2f}")
 
 
-def check(texts: list[str], expected: list[list[int]], parts: list[Path], plan: Plan) -> None:
+def check(texts: list[str], expected: list[list[int]], parts: list[Path], plan: EvalPlan) -> None:
     """Every whole training document must have the tokens that bare tiktoken gives, and then end-of-text."""
     found = set()
     for path in parts:

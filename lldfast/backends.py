@@ -1,4 +1,4 @@
-"""What runs here, and why the rest does not: torch | cpp | triton | cuda.
+"""What runs here, and why the rest does not: torch | cpp | triton | cuda. Which device a model goes to.
 
 Nothing falls back in silence: `backends()` gives the reason for every backend that is missing, an extension that is present
 but does not load is an error, and asking for a backend by name never gives another one.
@@ -15,9 +15,12 @@ import platform
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lldfast.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
 
 # Implementations of each op, best first; "auto" takes the first that runs on the tensors' device.
 IMPLEMENTATIONS: dict[str, list[str]] = {
@@ -180,6 +183,40 @@ def _unavailable(backend: str) -> str:
         found = _cuda()
         return str(found["reason"]) or ("" if found["kernels"] else "built where there was no nvcc, without its kernels")
     return ""
+
+
+def pick_device(name: str | torch.device = "auto", what: str = "device") -> torch.device:
+    """The device called `name`, made sure to work; "auto" is cuda where there is one, else the CPU.
+
+    "auto" never takes mps, since scores are summed in fp64, which it lacks.
+
+    Args:
+        what: how the message calls the option that `name` is from.
+
+    Raises:
+        InputError: there is no such device, or it cannot be used.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, and has no values
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{what} {str(name)!r} cannot be used here: {error}") from None
+    return device
+
+
+def describe_device(device: torch.device, dtype: str | torch.dtype) -> str:
+    """A device and what is computed with on it, for people: "cuda:0 NVIDIA H100 80GB HBM3, float32", "cpu, float32"."""
+    import torch
+
+    where = str(device)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        where = f"cuda:{index} {torch.cuda.get_device_name(index)}"
+    return f"{where}, {str(dtype).removeprefix('torch.')}"
 
 
 def versions() -> dict[str, str]:

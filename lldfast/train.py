@@ -26,6 +26,7 @@ from lldfast.run.folder import RunFolder
 from lldfast.run.methods import Method, parse_method
 from lldfast.run.plan import make_plan
 from lldfast.run.record import write_experiment
+from lldfast.terminal import exit_status
 from lldfast.weights.file import save_weights
 
 
@@ -108,6 +109,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from lldfast.__main__ import main as command_line
-
-    sys.exit(command_line(["train", *sys.argv[1:]]))
+    sys.exit(exit_status(main))

@@ -70,6 +70,20 @@ def force_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]
 
 
 @pytest.fixture
+def broken_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is there and cannot be used, on any machine: who chooses it fails, and says what was chosen."""
+    zeros = torch.zeros
+
+    def refused(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        if device is not None and torch.device(device).type == "cuda":
+            raise RuntimeError("out of order")
+        return zeros(*size, device=device, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", refused)
+
+
+@pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """threads(n): the C++ kernels use n, whatever the work; 2 until it is called. Random numbers start from seed 0."""
     torch.manual_seed(0)

@@ -150,3 +150,28 @@ def test_the_public_name_stays_a_function():
     # lldfast/backends.py has the name of the function: loading the file must not put the module in the function's place.
     done = run("import lldfast as lld, lldfast.data.shards; print(list(lld.backends()))")
     assert done.returncode == 0 and "cpp" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("there", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_the_auto_device_is_cuda_where_there_is_one(there, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *size, device: asked.append(device) or torch.ones(size))
+        assert module.pick_device() == module.pick_device("auto") == torch.device(expected)
+        assert module.pick_device("cpu") == module.pick_device(torch.device("cpu")) == torch.device("cpu")
+    assert [str(device) for device in asked] == [expected, expected, "cpu", "cpu"]
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", torch.device("meta")])
+def test_a_device_that_cannot_be_used_is_named(name):
+    with pytest.raises(InputError, match=f"--device '{name}' cannot be used here: "):
+        module.pick_device(name, "--device")
+
+
+def test_devices_for_people(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["Old Card", "New Card"][index])
+    assert module.describe_device(torch.device("cpu"), "float32") == "cpu, float32"
+    assert module.describe_device(torch.device("cuda"), torch.bfloat16) == "cuda:1 New Card, bfloat16"
+    assert module.describe_device(torch.device("cuda:0"), "float32") == "cuda:0 Old Card, float32"

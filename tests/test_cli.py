@@ -1,11 +1,15 @@
 """The command line: user errors are one line and status 1, and `--help` covers every command."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from lldfast.__main__ import build_parser, main
+from lldfast.__main__ import main
+from lldfast.cli import build_parser
+from lldfast.data.making.options import PrepareOptions
 
 
 @pytest.mark.parametrize(
@@ -36,9 +40,42 @@ def test_user_errors_are_one_line(args, message, capsys, tmp_path, monkeypatch):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_every_command_is_documented(capsys):
-    for action in build_parser()._subparsers._group_actions[0]._choices_actions:
+def commands():
+    return build_parser()._subparsers._group_actions[0]
+
+
+def test_every_command_is_documented():
+    assert len(commands()._choices_actions) == len(commands().choices) == 11
+    for action in commands()._choices_actions:
         assert action.help
+
+
+def test_help_needs_no_library():
+    """`lldfast --help` imports what it prints, and nothing that takes a second."""
+    code = "import sys\nfrom lldfast.cli import build_parser\nbuild_parser().format_help()\nprint(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "pyarrow", "yaml", "transformers"} & set(done.stdout.split())
+
+
+def test_the_options_of_prepare_are_the_dataclass():
+    parser = commands().choices["prepare"]
+    given = parser.parse_args(["x.jsonl", "--out", "x"])
+    assert {f.name: getattr(given, f.name) for f in dataclasses.fields(PrepareOptions)} == vars(PrepareOptions())
+    options = {action.dest: action for action in parser._actions}
+    for field in dataclasses.fields(PrepareOptions):
+        spelled = "dataset-config" if field.name == "config" else field.name.replace("_", "-")
+        assert options[field.name].option_strings == [f"--{spelled}"] and options[field.name].help
+    args = ["x", "--out", "y", "--domains", "a", "b", "--estimate-share", "0.25", "--eval-texts", "40", "--dataset-config", "en"]
+    given = parser.parse_args(args)
+    assert (given.domains, given.estimate_share, given.eval_texts, given.config) == (["a", "b"], 0.25, 40, "en")
+    assert (given.out, given.inputs) == ("y", ["x"])
+
+
+@pytest.mark.parametrize("name", ["score", "teach", "generate", "gram"])
+def test_commands_that_run_a_model_share_their_options(name):
+    options = {action.dest: action for action in commands().choices[name]._actions}
+    assert options["device"].default == "auto" and options["dtype"].default == "float32" and options["data"].required
+    assert options["model"].help.startswith("lldfast checkpoint folder") and "cuda where there is one" in options["device"].help
 
 
 def test_env_says_what_runs_here(capsys):
@@ -84,6 +121,36 @@ def test_score_tells_a_bad_device_model_or_place_before_it_works(scored, capsys)
         err = capsys.readouterr().err
         assert err.startswith("error: ") and message in err and err.count("\n") == 1
     assert not (scored / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["score", "--out", "s.parquet"],
+        ["gram", "--out", "g.npz"],
+        ["teach", "--out", "cache", "--block-size", "8"],
+        ["generate", "--out", "written", "--tokens", "10"],
+    ],
+)
+def test_a_gpu_is_taken_where_there_is_one(scored, command, broken_gpu, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = [command[0], str(scored / "model"), "--data", str(scored / "one.parquet"), *command[1:]]
+    assert main(args) == 1
+    assert capsys.readouterr().err == "error: --device 'cuda' cannot be used here: out of order\n"
+
+
+def test_train_takes_a_gpu_where_there_is_one(broken_gpu, capsys, tmp_path):
+    assert main(["train", "--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "error: train.device 'cuda' cannot be used here: out of order\n"
+
+
+def test_a_command_prints_its_device(scored, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = ["score", str(scored / "model"), "--data", str(scored / "one.parquet"), "--out", str(scored / "again.parquet")]
+    assert main(args) == 0
+    assert capsys.readouterr().err.startswith("device: cpu, float32\n")
+    assert main([*args, "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().err.startswith("device: cpu, bfloat16\n")
 
 
 def test_kl_names_the_vector_of_other_texts(scored, capsys):

@@ -5,8 +5,10 @@ import sys
 import pytest
 import yaml
 
+from lldfast.data.making.options import CorpusOptions, PrepareOptions
 from lldfast.errors import InputError
-from lldfast.run.config import Config, GramConfig, parse_config, parse_method, recipe_path, with_defaults
+from lldfast.run.config import Config, DataConfig, GramConfig, parse_config, parse_method, recipe_path, with_defaults
+from lldfast.terminal import option_help
 
 
 def test_precedence_defaults_recipe_config_options(tmp_path):
@@ -119,6 +121,26 @@ def test_a_misspelt_option_is_refused(tmp_path):
         with pytest.raises(InputError, match=message) as caught:
             parse_config(["--config", str(tmp_path / "c.yaml")])
         assert "\n" not in str(caught.value)
+
+
+def test_the_data_section_is_the_options_of_prepare():
+    """One statement of both: names, defaults, meanings."""
+    data = {f.name: f for f in dataclasses.fields(DataConfig)}
+    assert list(data) == ["path", "source", *(f.name for f in dataclasses.fields(CorpusOptions))]
+    prepared = {f.name: f.default for f in dataclasses.fields(PrepareOptions)}
+    for name, default in DataConfig().corpus_options().items():
+        assert prepared[name] == default == data[name].default
+    assert option_help(DataConfig).items() >= option_help(CorpusOptions).items() <= option_help(PrepareOptions).items()
+
+
+def test_help_says_what_options_mean(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0
+    for section in (DataConfig, GramConfig):
+        for text in option_help(section).values():
+            assert f" {text} (type: " in shown
 
 
 def test_values_as_people_write_them(tmp_path):

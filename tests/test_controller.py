@@ -16,12 +16,13 @@ from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import InputError
 from lldfast.gram import estimate
 from lldfast.gram import step as gram_step
-from lldfast.gram.options import HELP, MODES, GramOptions
+from lldfast.gram.options import MODES, GramOptions
 from lldfast.measure.loglik import delta
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer
 from lldfast.run.config import GramConfig
+from lldfast.terminal import option_help
 from lldfast.weights.bootstrap import standard_errors
 from lldfast.weights.constrained import fit_weights
 from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights
@@ -151,8 +152,10 @@ def test_options_are_stated_once():
     assert {name: taken[name].default for name in defaults} == defaults
     assert get_args(taken["mode"].annotation) == MODES
     names = [f.name for f in dataclasses.fields(GramOptions)]
-    assert list(HELP) == names == [f.name for f in dataclasses.fields(GramConfig)] and GramConfig().options() == defaults
-    assert all(f"{name}: {meaning}" in inspect.getdoc(GramOptions) for name, meaning in HELP.items())
+    assert (
+        list(option_help(GramOptions)) == names == [f.name for f in dataclasses.fields(GramConfig)]
+        and GramConfig().options() == defaults
+    )
 
 
 def test_the_old_name_of_the_steps_is_deprecated():

@@ -1,7 +1,8 @@
 import errno
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -61,22 +62,23 @@ def test_folder_is_published_whole_and_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def _hold(folder, ready, release):
-    with folder_lock(folder):
-        ready.set()
-        release.wait(30)
+# Text, not a function of this file: a child could import this file only if it were started where the tests lie.
+HOLD = """
+import sys
+from lldfast.files import folder_lock
+with folder_lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_second_writer_is_refused_and_a_dead_one_forgotten(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, release = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, ready, release))
-    process.start()
-    assert ready.wait(30)
-    with pytest.raises(BusyError, match=f"pid {process.pid}"), folder_lock(tmp_path):
-        pass
-    process.kill()
-    process.join()
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match=f"pid {process.pid}"), folder_lock(tmp_path):
+            pass
+        process.kill()
     with folder_lock(tmp_path):
         assert json.dumps(str(os.getpid())).strip('"') in (tmp_path / ".lock").read_text()
 

@@ -363,12 +363,18 @@ def test_a_hugging_face_model_and_a_trained_tokenizer(tmp_path):
     assert TokenShards(out).load_tokenizer().hash == own.tokenizer.hash and (out / "tokenizer.json").is_file()
     assert content(write(data, tmp_path / "one", own, tokens=150, batch_size=1)) == content(out)
     options = {"tokens": 150, "prompt_tokens": 4, "length": 24, "progress": False}
-    assert content(generate(tmp_path / "hf", data, tmp_path / "folder", **options)) == content(out)
+    assert content(generate(tmp_path / "hf", data, tmp_path / "folder", device="cpu", **options)) == content(out)
+
+
+def test_a_gpu_is_not_passed_over(data, tmp_path, broken_gpu):
+    model().save(tmp_path / "gpt", load_tokenizer("bytes"))
+    with pytest.raises(InputError, match="device 'cuda' cannot be used here: out of order"):
+        generate(tmp_path / "gpt", data, tmp_path / "o", tokens=20)
 
 
 def test_the_command(data, made, tmp_path, capsys):
     model().save(tmp_path / "gpt", load_tokenizer("bytes"), extra={"name": "writer", "licence": "mit"})
-    options = ["--data", str(data), "--tokens", "300", "--prompt-tokens", "4", "--length", "24"]
+    options = ["--data", str(data), "--tokens", "300", "--prompt-tokens", "4", "--length", "24", "--device", "cpu"]
     assert main(["generate", str(tmp_path / "gpt"), *options, "--out", str(tmp_path / "o")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["domain", "documents", "tokens", "mean", "length"] and lines[-1] == f"wrote {tmp_path / 'o'}"

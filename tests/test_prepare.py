@@ -1,4 +1,6 @@
+import dataclasses
 import errno
+import inspect
 import itertools
 import json
 import os
@@ -16,6 +18,7 @@ import pytest
 from lldfast.data.evalset import EvalSet
 from lldfast.data.making import encode
 from lldfast.data.making.encode import token_hash
+from lldfast.data.making.options import PrepareOptions
 from lldfast.data.making.prepare import prepare, verify
 from lldfast.data.shards import TokenShards
 from lldfast.data.tokenizer import load_tokenizer, tokenizer_from_manifest
@@ -91,11 +94,30 @@ def test_nothing_is_lost_and_nothing_is_in_both(made):
     assert kept == sum(len(t.encode()) for t, d in rows() if d == "logs")
 
 
+def test_the_signature_is_the_dataclass():
+    how = {"workers", "progress", "resume", "overwrite"}  # these change no byte of the result
+    parameters = list(inspect.signature(prepare).parameters.values())[2:]
+    options = {f.name: (f.default, f.type) for f in dataclasses.fields(PrepareOptions)}
+    options["domains"] = (None, "Iterable[str] | None")  # a caller need not have a list
+    assert {p.name: (p.default, p.annotation) for p in parameters if p.name not in how} == options
+    assert how < {p.name for p in parameters}
+
+
+def test_options_that_mean_the_same_are_the_same():
+    same = PrepareOptions(domains=["b", "a", "b"], eval_texts=100, eval_per_domain=8)
+    assert same == PrepareOptions(domains=["a", "b"], eval_per_domain=8)
+    assert PrepareOptions(domains="a").domains == ["a"]
+
+
 def test_record(made):
     record, shards = json.loads((made / "prepare.json").read_text()), TokenShards(made)
     assert shards.domains == ["code", "logs", "prose"] == EvalSet.load(made / "eval.parquet").domains
     assert (record["corpus_hash"], record["evalset_hash"]) == (shards.corpus_hash, EvalSet.load(made / "eval.parquet").hash)
     assert record["arguments"]["tokenizer"] == "bytes" and record["inputs"][0][0] == "jsonl"
+    assert " ".join(record["arguments"]) == (  # the order is part of the file
+        "inputs domain_field text_field tokenizer vocab_size domains eval_texts eval_per_domain estimate_share seed split config "
+        "max_documents"
+    )
     for name, entry in record["domains"].items():
         assert entry["documents_read"] == sum(d == name for _, d in rows())
         assert entry["training_tokens"] == shards.n_tokens[name] == entry["training_bytes"] + entry["training_documents"]

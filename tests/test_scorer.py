@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from lldfast import gram
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer, train_bpe
 from lldfast.errors import InputError, MissingDependencyError
+from lldfast.measure.score import score
 from lldfast.models import scorer as module
 from lldfast.models.gpt import GPT, GPTConfig
 from lldfast.models.scorer import Scorer, load_scorer, windows
@@ -210,7 +212,7 @@ def test_gpt_folder(tmp_path, texts):
     gpt = GPT(GPTConfig(320, tokenizer.vocab_size, 32, 1, 2, 16), seed=1)
     extra = {"name": "Mine", "licence": "MIT", "domain_weights": {"a": 1.0}}
     gpt.save(tmp_path / "mine", tokenizer_describe=tokenizer, extra=extra)
-    scorer = load_scorer(tmp_path / "mine")
+    scorer = load_scorer(tmp_path / "mine", device="cpu")
     identity = scorer.identity
     assert (identity["name"], identity["kind"], identity["licence"]) == ("Mine", "gpt", "MIT")
     assert identity["extra"]["domain_weights"] == {"a": 1.0} and len(identity["hash"]) == 64
@@ -220,6 +222,36 @@ def test_gpt_folder(tmp_path, texts):
     with pytest.raises(InputError, match="names no tokenizer"):
         load_scorer(tmp_path / "bare")
     assert load_scorer(tmp_path / "bare", tokenizer=tokenizer).tokenizer is tokenizer
+
+
+def test_a_path_is_loaded_on_the_auto_device_and_a_model_in_memory_stays(tmp_path, monkeypatch, texts):
+    gpt = GPT(GPTConfig(300, 300, 16, 1, 2, 16), seed=1)
+    gpt.save(tmp_path / "model", load_tokenizer("bytes"))
+    texts.save(tmp_path / "eval.parquet")
+    picked = []
+
+    def pick(device, what="device"):
+        picked.append((device, what))
+        return torch.device("cpu")
+
+    monkeypatch.setattr(module, "pick_device", pick)
+    load_scorer(tmp_path / "model")
+    score(tmp_path / "model", tmp_path / "eval.parquet")
+    assert {device for device, what in picked if what == "device"} == {"auto"}
+    picked.clear()
+    load_scorer(tmp_path / "model", device="cuda:1")
+    assert picked[0] == ("cuda:1", "device")
+    picked.clear()
+    score(load_scorer(gpt, tokenizer="bytes"), texts)
+    assert picked == []
+
+
+@pytest.mark.parametrize("use", [lambda path, texts: load_scorer(path), score, gram.estimate])
+def test_a_gpu_is_not_passed_over(tmp_path, texts, use, broken_gpu):
+    """The one that is there is chosen without being asked for, also where it turns out that it cannot be used."""
+    GPT(GPTConfig(300, 300, 16, 1, 2, 16), seed=1).save(tmp_path / "model", load_tokenizer("bytes"))
+    with pytest.raises(InputError, match="device 'cuda' cannot be used here: out of order"):
+        use(tmp_path / "model", texts)
 
 
 def test_identity_follows_weights_in_training():

@@ -312,6 +312,14 @@ def test_a_model_without_a_tokenizer(tmp_path, corpus):
         quiet(GPT("test-tiny", seed=0), corpus, tmp_path / "out")
 
 
+def test_a_gpu_is_not_passed_over(tmp_path, corpus, broken_gpu):
+    teacher().module.save(tmp_path / "model", BYTES)
+    with pytest.raises(InputError, match="device 'cuda' cannot be used here: out of order"):
+        quiet(tmp_path / "model", corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert quiet(teacher(), corpus, tmp_path / "out", max_windows=1).windows["Prose"] == 1  # in memory: it stays where it is
+
+
 def test_short_domains(tmp_path, make_shards, monkeypatch):
     shards = make_shards(tmp_path, {"a": [np.arange(40)], "short": [np.arange(5)], "one": [np.arange(T - 1)]})
     monkeypatch.setattr(shards, "check_tokenizer", lambda *_: None)

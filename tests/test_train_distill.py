@@ -82,7 +82,7 @@ def target(corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(corpus, target, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "all"
-    return teach(str(target), corpus, out, k=257, block_size=BLOCK, progress=False)
+    return teach(str(target), corpus, out, device="cpu", k=257, block_size=BLOCK, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_a_whole_record_is_the_running_teacher(corpus, target, cache, preset):
     shards, student = TokenShards(corpus), GPT("test-tiny", seed=3)
     rows = rows_of(shards, [0, 3 * BLOCK, BLOCK], [0, 0, 1])
     found = []
-    for teacher in (load_scorer(str(target)), TeacherCache(cache)):
+    for teacher in (load_scorer(str(target), device="cpu"), TeacherCache(cache)):
         objective = Distillation(options("distill+ce", preset=preset), teacher, domains=shards.domains)
         loss, tokens = objective(0, student(rows.x), student.head_weight, 257, rows)
         student.zero_grad()
@@ -188,7 +188,7 @@ def test_a_whole_record_is_the_running_teacher(corpus, target, cache, preset):
 
 
 def test_training_on_a_record_of_a_few_ids_comes_nearer_too(corpus, target, tmp_path):
-    cached = teach(str(target), corpus, tmp_path / "k8", k=8, block_size=BLOCK, max_windows=20, progress=False)
+    cached = teach(str(target), corpus, tmp_path / "k8", device="cpu", k=8, block_size=BLOCK, max_windows=20, progress=False)
     out = tmp_path / "run"
     run(config(out, corpus, ["distill"], target=TargetConfig(model=str(target)), distill=DistillConfig(cache=str(cached))))
     summary = read_json(out / "summary.json")
@@ -248,7 +248,7 @@ def test_a_hugging_face_teacher_with_a_padded_head(corpus, tmp_path):
 def test_a_teacher_whose_head_cannot_be_taken_apart(corpus, target):
     shards, student = TokenShards(corpus), GPT("test-tiny", seed=3)
     rows = rows_of(shards, [0, BLOCK], [0, 1])
-    whole = load_scorer(str(target))
+    whole = load_scorer(str(target), device="cpu")
     values = []
     for apart in (True, False):
         teacher = whole if apart else _logits_only(whole)
@@ -301,7 +301,7 @@ def test_another_teacher_in_the_same_place_is_noticed(corpus, target, tmp_path, 
 
 
 def test_a_finished_run_needs_its_record_no_more(corpus, target, tmp_path):
-    cached = teach(str(target), corpus, tmp_path / "k8", k=8, block_size=BLOCK, max_windows=20, progress=False)
+    cached = teach(str(target), corpus, tmp_path / "k8", device="cpu", k=8, block_size=BLOCK, max_windows=20, progress=False)
     make = {"target": TargetConfig(model=str(target)), "distill": DistillConfig(cache=str(cached))}
     run(config(tmp_path / "run", corpus, ["distill"], **make))
     shutil.rmtree(cached)

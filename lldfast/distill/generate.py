@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
@@ -44,6 +43,7 @@ from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_
 from lldfast.models.decode import choose, decoder_of, draw_levels
 from lldfast.models.scorer import UNLIMITED, Scorer, load_scorer
 from lldfast.ops.sketch.philox import check_seed
+from lldfast.terminal import progress_bar
 
 FORMAT = "lldfast-generate"
 
@@ -75,14 +75,15 @@ def generate(
     batch_size: int = 32,
     domains: Iterable[str] | None = None,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: str = "float32",
     progress: bool = True,
 ) -> Path:
     """Make the data folder `out` of text that the model writes, or return it at once when it is there, made the same way.
 
     Args:
-        model_or_scorer: a Scorer, used where and as it is, or what `load_scorer` takes, loaded with `device` and `dtype`.
+        model_or_scorer: a Scorer, used where and as it is, or what `load_scorer` takes, loaded with `device` (auto by default)
+            and `dtype`.
         data: a prepared folder; its shards give the prompts, its evaluation corpus is copied.
         tokens: least tokens of each domain, or {domain: tokens}; prompts and end-of-text tokens count.
         prompt_tokens: tokens of a document that are taken from the shards.
@@ -248,7 +249,7 @@ def _generated(
     training = scorer.module.training
     scorer.module.eval()
     try:
-        with tqdm(desc="generating", total=sum(wanted.values()), unit=" tokens", disable=not progress) as bar:
+        with progress_bar("generating", sum(wanted.values()), unit=" tokens", scale=False, show=progress) as bar:
             bar.update(sum(wanted[name] for name in state["domains"]))
             bar.initial = bar.n  # what an earlier run did is no part of this run's speed
             for name, of_domain in prompts.items():

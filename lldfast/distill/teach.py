@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lldfast.data.shards import TokenShards, bad_token_error
 from lldfast.distill.cache import CACHE, PROGRESS, CacheSpec, CacheWriter, TeacherCache, as_json, part_file
@@ -26,6 +25,7 @@ from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.models.scoring import evaluating, layer_tokens
 from lldfast.ops.chunks import NEG_INF, accumulate_dtype, row_chunks
 from lldfast.ops.head import LEAST_ROWS, HeadProduct
+from lldfast.terminal import progress_bar
 
 
 def teach(
@@ -53,7 +53,8 @@ def teach(
             and memory, and results by rounding only.
         domains: cache only these; default all.
         max_windows: cache only the first so many windows of each domain.
-        device: move the teacher there first; default: where it is (a path is loaded on the CPU).
+        device: "auto" (cuda where there is one, else the CPU) or one by name, to which the teacher is moved first. Default: where
+            it is; a path is loaded on auto.
         dtype: of the weights of a teacher that is loaded here.
         progress: a bar on stderr.
 
@@ -128,7 +129,7 @@ def _teacher(model: Any, device: str | torch.device | None, dtype: str) -> Score
     if isinstance(model, GPT):
         raise InputError("a GPT in memory has no tokenizer: pass Scorer.from_gpt(gpt, tokenizer)")
     if not isinstance(model, Scorer):
-        return load_scorer(model, device=device or "cpu", dtype=dtype)
+        return load_scorer(model, device=device, dtype=dtype)
     return model if device is None else model.to(device)
 
 
@@ -148,7 +149,7 @@ def _write(scorer: Scorer, shards: TokenShards, writer: CacheWriter, batch_token
     at_once = max(1, batch_tokens // length)
     run = _Teacher(scorer, spec.k, max(1, layer_tokens(scorer, batch_tokens) // length))
     total, done = (sum(counts.values()) * length for counts in (spec.windows, writer.done))
-    bar = tqdm(desc="teaching", total=total, initial=done, unit=" tokens", unit_scale=True, disable=not progress)
+    bar = progress_bar("teaching", total, unit=" tokens", done=done, show=progress)
     with bar, evaluating(scorer), torch.no_grad():
         for domain, n in spec.windows.items():
             tokens = shards.tokens(domain)

@@ -3,10 +3,9 @@ and the command line alike. Nothing here needs torch."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lldfast.errors import InputError
@@ -20,40 +19,27 @@ class GramOptions:
     """How G is estimated, in the terms of a configuration file; `keywords` gives those of `gram.estimate`.
 
     What an estimate is made for (delta, tau) is no option, and a run has a seed and rules a ridge of their own.
+
+    Attributes:
+        mode: "exact" keeps the K rows of J in fp32, "sharded" each rank's slice of them, "bf16", "int8" and "int4" rounded rows,
+            "fold" a sketch of each row; "auto" takes the first of them that fits the budget.
+        k: numbers per sketch, a power of two; "auto" is as few as keep the weights within target_kl. Modes auto and fold.
+        groups: groups of texts per domain, from whose differences noise is told and error bars are made.
+        debias: take the noise of finitely many texts out of the diagonal.
+        precondition: "adamw" makes G J M^-1 J^T with the second moment of the run's optimizer, whose steps that describes.
+        budget_mb: memory for rows or sketches, MiB; unset: 2048 in mode auto, else no limit.
+        target_kl: of k "auto": expected KL between the weights of the true G and of the sketched one, nats.
+        batch_tokens: tokens of a batch, whose activations the backward pass holds.
     """
 
-    mode: Mode = field(
-        default="auto",
-        metadata={
-            "help": '"exact" keeps the K rows of J in fp32, "sharded" each rank\'s slice of them, "bf16", "int8" and "int4" '
-            'rounded rows, "fold" a sketch of each row; "auto" takes the first of them that fits the budget.'
-        },
-    )
-    k: int | Literal["auto"] = field(
-        default="auto",
-        metadata={
-            "help": 'numbers per sketch, a power of two; "auto" is as few as keep the weights within target_kl. Modes auto and '
-            "fold."
-        },
-    )
-    groups: int = field(
-        default=8, metadata={"help": "groups of texts per domain, from whose differences noise is told and error bars are made."}
-    )
-    debias: bool = field(default=True, metadata={"help": "take the noise of finitely many texts out of the diagonal."})
-    precondition: Literal["none", "adamw"] = field(
-        default="none",
-        metadata={
-            "help": '"adamw" makes G J M^-1 J^T with the second moment of the run\'s optimizer, whose steps that describes.'
-        },
-    )
-    budget_mb: float | None = field(
-        default=None, metadata={"help": "memory for rows or sketches, MiB; unset: 2048 in mode auto, else no limit."}
-    )
-    target_kl: float = field(
-        default=1e-4,
-        metadata={"help": 'of k "auto": expected KL between the weights of the true G and of the sketched one, nats.'},
-    )
-    batch_tokens: int = field(default=4096, metadata={"help": "tokens of a batch, whose activations the backward pass holds."})
+    mode: Mode = "auto"
+    k: int | Literal["auto"] = "auto"
+    groups: int = 8
+    debias: bool = True
+    precondition: Literal["none", "adamw"] = "none"
+    budget_mb: float | None = None
+    target_kl: float = 1e-4
+    batch_tokens: int = 4096
 
     def check(self, section: str = "") -> None:
         """Refuse values that make no sense, alone or together.
@@ -91,14 +77,6 @@ class GramOptions:
             "target_kl": self.target_kl,
             "batch_tokens": self.batch_tokens,
         }
-
-
-# What an option means, for a command line.
-HELP: dict[str, str] = {f.name: f.metadata["help"] for f in dataclasses.fields(GramOptions)}
-# Configuration parsers read the meanings of a dataclass's fields from its docstring.
-GramOptions.__doc__ = f"{GramOptions.__doc__}\n    Attributes:\n" + "".join(
-    f"        {name}: {meaning}\n" for name, meaning in HELP.items()
-)
 
 
 def check_values(*, mode: str, k: int | str, groups: int, batch_tokens: int, target_kl: float, section: str = "") -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from lldfast.models.gpt import GPT
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.models.scoring import IGNORE, Batch, batches, evaluating, layer_tokens, segment_sums
 from lldfast.ops.chunks import row_chunks
+from lldfast.terminal import progress_bar
 
 
 def score(
@@ -47,11 +46,12 @@ def score(
         batch_tokens: most tokens of a batch, padding included (a CPU takes fewer where that is faster); changes speed and
             memory, not results.
         bos: "auto", "native" or "none" (see models/scorer.py); for a Scorer, "auto" keeps its own rule.
-        device: move the model there first; default: where it is (a path is loaded on the CPU).
+        device: "auto" (cuda where there is one, else the CPU) or one by name, to which the model is moved first. Default: where
+            it is; a path is loaded on auto.
         amp_dtype: "bfloat16" or "float16": run the layers (not the log-softmax) under autocast.
         precision: of the head's product, as in `linear_logprob`; "bf16x3" is several times faster than fp32 on a CPU with AMX.
         overlap: context tokens that the windows of a long text repeat.
-        progress: a counter on stderr.
+        progress: a bar on stderr.
 
     Raises:
         InputError: an argument is wrong, or a text has no finite log-likelihood (text, domain and model named).
@@ -61,14 +61,9 @@ def score(
     if len(evalset) == 0:
         raise InputError("there are no evaluation texts to score")
     segments = scorer.tokenize(evalset, overlap)
-    total, began = sum(map(len, segments)), time.perf_counter()
-
-    def show(done: int) -> None:
-        if progress:
-            _show_progress(scorer.name, done, total, began)
-
-    with evaluating(scorer), torch.inference_mode():
-        sums = segment_sums(scorer, segments, batch_tokens, backend, amp_dtype, precision, show)
+    bar = progress_bar(scorer.name, sum(map(len, segments)), unit=" tokens", show=progress)
+    with bar, evaluating(scorer), torch.inference_mode():
+        sums = segment_sums(scorer, segments, batch_tokens, backend, amp_dtype, precision, lambda done: bar.update(done - bar.n))
     texts = sums.group([s.text for s in segments], len(evalset))  # in order of the segments, whatever the batches were
     bad = np.flatnonzero(~np.isfinite(texts.logprob))
     if len(bad):
@@ -145,13 +140,7 @@ def _as_scorer(model: Any, bos: str, device: str | torch.device | None) -> Score
     if isinstance(model, GPT):
         raise InputError("a GPT in memory has no tokenizer: pass Scorer.from_gpt(gpt, tokenizer)")
     if not isinstance(model, Scorer):
-        return load_scorer(model, bos=bos, device=device or "cpu")
+        return load_scorer(model, bos=bos, device=device)
     if device is not None:
         model.to(device)
     return model if bos in ("auto", model.bos) else model.with_bos(bos)
-
-
-def _show_progress(name: str, done: int, total: int, began: float) -> None:
-    rate = done / max(time.perf_counter() - began, 1e-9)
-    end = "\n" if done == total else ""
-    print(f"\r{name}: {done:,} of {total:,} tokens, {rate:,.0f} tokens/s", end=end, file=sys.stderr, flush=True)

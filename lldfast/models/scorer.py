@@ -31,6 +31,7 @@ import torch.nn as nn
 import xxhash
 from torch import Tensor
 
+from lldfast.backends import pick_device
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_manifest
 from lldfast.errors import InputError
@@ -164,11 +165,15 @@ class Scorer:
     def to(self, device: str | torch.device) -> Scorer:
         """Move the model in place; its head moves along, since Module.to keeps the parameter objects.
 
+        Args:
+            device: "auto" (cuda where there is one, else the CPU) or one by name.
+
         Raises:
             InputError: there is no such device, or the model does not fit it.
         """
+        place = pick_device(device, f"{self.name}: device")
         try:
-            self.module.to(torch.device(device))
+            self.module.to(place)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"{self.name}: device {str(device)!r} cannot be used here: {error}") from None
         return self
@@ -266,12 +271,13 @@ def load_scorer(
     Args:
         spec: folder of `GPT.save`, Hugging Face folder or hub id, a .gguf file, or a loaded Hugging Face model (with tokenizer=).
         tokenizer: a Tokenizer or what `load_tokenizer` takes; default: the model's own.
-        device: default: the CPU, or where the loaded model is.
+        device: "auto" (cuda where there is one, else the CPU) or one by name. Default: auto for what is loaded here; a model in
+            memory stays where it is.
         dtype: "float32", "bfloat16" or "float16", the dtype of the weights (a loaded model keeps its own).
         context_length: use less context than the model has.
 
     Raises:
-        InputError: nothing that can be loaded, or an argument is wrong.
+        InputError: nothing that can be loaded, an argument is wrong, or the device cannot be used.
         CorruptError: a file does not fit the hash stored beside it.
         MissingDependencyError: transformers (for GGUF also gguf and accelerate) is not installed.
     """
@@ -280,6 +286,9 @@ def load_scorer(
     own = None if tokenizer is None else load_tokenizer(tokenizer)
     if isinstance(spec, Scorer):
         raise InputError(f"{spec!r} is loaded already")
+    if device is None and not isinstance(spec, nn.Module):
+        device = "auto"
+    place = None if device is None else pick_device(device)  # told now, not after a long load
     if isinstance(spec, nn.Module):
         scorer = _from_module(spec, own, bos)
     elif Path(spec).suffix == ".gguf":
@@ -293,10 +302,9 @@ def load_scorer(
         if not 1 <= context_length <= scorer.context_length:
             raise InputError(f"context_length={context_length} must be in [1, {scorer.context_length}] for {scorer.name}")
         scorer.context_length = context_length
-    if isinstance(spec, nn.Module):
-        return scorer if device is None else scorer.to(device)
-    scorer.module.eval()
-    return scorer.to(device or "cpu")
+    if not isinstance(spec, nn.Module):
+        scorer.module.eval()
+    return scorer if place is None else scorer.to(place)
 
 
 def _from_module(module: nn.Module, tokenizer: Tokenizer | None, bos: str) -> Scorer:

@@ -12,6 +12,7 @@ from lldfast.files import read_json, write_json
 from lldfast.measure.divergence import finite, weight_kl
 from lldfast.run.folder import RunFolder
 from lldfast.run.log import read_jsonl
+from lldfast.terminal import aligned
 from lldfast.weights.file import WeightsFile
 from lldfast.weights.simplex import effective_domains
 
@@ -126,11 +127,7 @@ def table(summary: dict[str, Any]) -> str:
     cells = [[title for _, title, _ in columns]]
     for row in rows:
         cells.append(["-" if row.get(key) is None else form.format(row[key]) for key, _, form in columns])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    ]
+    lines = aligned(cells)
     lines.insert(1, "-" * len(lines[0]))
     unit = "KL and NLL gap in bits/byte on texts that no weight was estimated on; KL(w||truth) in nats; closer to 0 is nearer"
     return "\n".join([*lines, unit, *(f"warning: {warning}" for warning in summary["warnings"])])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -16,43 +16,35 @@ from typing import Any, Literal
 
 import yaml
 
+from lldfast.data.making.options import CorpusOptions
 from lldfast.errors import InputError, deprecated
 from lldfast.gram.options import GramOptions
 from lldfast.run.distill import DistillConfig
 from lldfast.run.methods import Method, parse_method
 from lldfast.schedule import estimation_steps
-from lldfast.weights.rules import Rule, RuleOptions
+from lldfast.terminal import option_help
+from lldfast.weights.options import RuleOptions
+from lldfast.weights.rules import Rule
 
 DEFAULT_RECIPE = "demo"
 
 
 @dataclass
-class DataConfig:
-    """Texts, tokenizer and evaluation corpus.
+class DataOrigin:
+    """Where a run's data is from.
 
     Attributes:
         path: a folder made by `lldfast prepare`; when unset, `source` is prepared into OUT/data.
         source: "builtin", or files, folders and dataset ids as `lldfast prepare` takes them.
-        domain_field: label field of a document, dots for nesting; unset: a folder per domain, or a usual name (see `prepare`).
-        tokenizer: gpt2, bytes, bpe (trained on the corpus, see vocab_size), a tokenizer.json, a model folder, a hub id.
-        domains: keep only these.
-        eval_texts: evaluation texts in all, drawn in proportion to the domains' bytes.
-        eval_per_domain: evaluation texts of each domain; replaces eval_texts.
-        estimate_share: share of them that Delta and G are estimated on; KL is measured on the others.
     """
 
     path: str | None = None
     source: list[str] = field(default_factory=lambda: ["builtin"])
-    domain_field: str | None = None
-    text_field: str = "text"
-    tokenizer: str = "gpt2"
-    vocab_size: int | None = None
-    domains: list[str] | None = None
-    eval_texts: int | None = None
-    eval_per_domain: int | None = None
-    estimate_share: float = 0.5
-    max_documents: int | None = None
-    seed: int = 0
+
+
+@dataclass
+class DataConfig(CorpusOptions, DataOrigin):  # a dataclass has the last base's fields first
+    """Texts, tokenizer and evaluation corpus: where they are from, and the options of `lldfast prepare` they are made with."""
 
 
 @dataclass
@@ -401,17 +393,18 @@ def parse_config(argv: list[str], prog: str = "lldfast train") -> Config:
     Raises:
         InputError: an unknown option or key, or a value that makes no sense.
     """
-    from jsonargparse import ArgumentParser, Namespace
+    import jsonargparse
 
     args = _arguments(argv)
     about = "Train with a designed domain mixture: Algorithm 1, pass 2 and the baselines."
-    parser = ArgumentParser(prog=prog, description=about, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=about, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file, over the recipe")
     parser.add_class_arguments(Config)
+    _explain(parser)
     try:
         parsed = parser.parse_args(args)
         for f in dataclasses.fields(Config):
-            if dataclasses.is_dataclass(f.default_factory) and not isinstance(parsed[f.name], Namespace):
+            if dataclasses.is_dataclass(f.default_factory) and not isinstance(parsed[f.name], jsonargparse.Namespace):
                 raise InputError(f"{f.name} is a section of the configuration, got {parsed[f.name]!r}")
         values = parser.instantiate(parsed)
     except ArgumentError as error:
@@ -419,3 +412,12 @@ def parse_config(argv: list[str], prog: str = "lldfast train") -> Config:
     config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
     config.check()
     return config
+
+
+def _explain(parser: ArgumentParser) -> None:
+    """Give every option the help text of its field; jsonargparse does it only where docstring_parser is installed."""
+    sections = {name: type(value) for name, value in vars(Config()).items() if dataclasses.is_dataclass(value)}
+    meaning = {f"{name}.{key}": text for name, section in sections.items() for key, text in option_help(section).items()}
+    for action in parser._actions:
+        if action.dest in meaning:
+            action.help = meaning[action.dest].replace("%", "%%")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lldfast.backends import pick_device
 from lldfast.data.evalset import EvalSet
 from lldfast.data.making.prepare import prepare
 from lldfast.data.shards import TokenShards
@@ -25,7 +26,8 @@ from lldfast.models.gpt import GPT, PRESETS, GPTConfig, read_gpt_json
 from lldfast.models.scorer import Scorer, load_scorer
 from lldfast.run.config import Config
 from lldfast.run.folder import RunFolder
-from lldfast.run.place import Place, pick_device, resolve_location
+from lldfast.run.place import Place, resolve_location
+from lldfast.terminal import note
 from lldfast.weights.file import load_weights
 from lldfast.weights.simplex import simplex
 
@@ -66,6 +68,7 @@ class Experiment:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         place = Place.pick(config.train.device, config.train.dtype)
+        note(f"device: {place.describe()}")
         shards, evalset, tokenizer = open_data(config)
         exp = cls(config, folder, place, shards, evalset, tokenizer, base_identity={})
         if config.target.weights:
@@ -198,16 +201,7 @@ def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:
         folder = prepare(
             "builtin" if d.source == ["builtin"] else d.source,
             RunFolder(config.out).data,
-            domain_field=d.domain_field,
-            text_field=d.text_field,
-            tokenizer=resolve_location(d.tokenizer),
-            vocab_size=d.vocab_size,
-            domains=d.domains,
-            eval_texts=d.eval_texts,
-            eval_per_domain=d.eval_per_domain,
-            estimate_share=d.estimate_share,
-            max_documents=d.max_documents,
-            seed=d.seed,
+            **d.corpus_options() | {"tokenizer": resolve_location(d.tokenizer)},
             progress=config.log.progress,
         )
     shards = TokenShards(folder)

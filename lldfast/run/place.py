@@ -1,4 +1,4 @@
-"""Where things are and what they run on: locations of files and models, devices, dtypes."""
+"""Where things are and what they are computed on: locations of files and models, devices, dtypes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lldfast.backends import describe_device, pick_device
 from lldfast.errors import InputError, MissingDependencyError
 
 
@@ -44,18 +45,6 @@ def resolve_location(spec: str) -> str:
     return spec
 
 
-def pick_device(name: str, what: str = "train.device") -> torch.device:
-    """ "auto" is cuda where there is one, else cpu: scores are summed in fp64, which mps lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" makes tensors, and has no values
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{what} {name!r} cannot be used here: {error}") from None
-    return device
-
-
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Autocast dtype; see TrainConfig.dtype.
 
@@ -82,11 +71,15 @@ class Place:
     @classmethod
     def pick(cls, device: str, dtype: str) -> Place:
         """What "auto" or a name means here; see `pick_device` and `pick_dtype`."""
-        chosen = pick_device(device)
+        chosen = pick_device(device, "train.device")
         return cls(chosen, pick_dtype(dtype, chosen))
 
     def __str__(self) -> str:
         return f"{self.device}, {self.dtype}".replace("torch.", "")
+
+    def describe(self) -> str:
+        """For people: the name of the GPU too."""
+        return describe_device(self.device, self.dtype)
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device."""

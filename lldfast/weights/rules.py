@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from lldfast.errors import CorruptError, InputError, deprecated, renamed_arguments
 from lldfast.weights.constrained import check_fit_step, check_radius, simplex_fit, trust_region_tau
 from lldfast.weights.equations import GRAM_SCALES, adjusted_direction, check_tau
+from lldfast.weights.options import RuleOptions
 from lldfast.weights.simplex import Array, log, softmax, with_floor
 
 
@@ -27,32 +28,6 @@ class StepGram(NamedTuple):
     matrix: Array
     ridge: float | None = None
     drift: Array | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuleOptions:
-    """Options of the rules from Delta (and G) to weights; everything here can be changed after a run.
-
-    Attributes:
-        tau: temperature, nats per token; a pure number (in units of std(Delta)) for the "spread" rules; inf gives the prior.
-            Unused by "mirror", "adjusted-trust", "adjusted-fit".
-        tau_end: temperature at the last step; tau moves there geometrically. Unset keeps tau.
-        step_size: of "mirror".
-        floor: least weight of any domain, in [0, 1/K].
-        gram_scale: how G^-1 Delta is scaled by the "adjusted" rules, see `adjusted_direction`: "spread", "trace", "corr", "none".
-        ridge: added to the diagonal of G, see `adjusted_direction`; "auto" is what the estimate of G chose, where it chose one.
-        radius: of "adjusted-trust": KL of its weights from the prior, nats.
-        fit_step: of "adjusted-fit": step in the unit of Delta / G, or "auto" to fit it with the weights.
-    """
-
-    tau: float = 1.0
-    tau_end: float | None = None
-    step_size: float = 4.0
-    floor: float = 0.0
-    gram_scale: Literal["spread", "trace", "corr", "none"] = "spread"
-    ridge: float | Literal["auto"] = "auto"
-    radius: float = 0.1
-    fit_step: float | Literal["auto"] = "auto"
 
 
 @renamed_arguments(normalise="gram_scale")

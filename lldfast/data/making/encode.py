@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lldfast.data.making.evalplan import Plan, Unit, boundary, digest_of, texts_of
+from lldfast.data.making.evalplan import EvalPlan, Unit, boundary, digest_of, texts_of
 from lldfast.data.making.sources import Document, Place, Source
 from lldfast.data.tokenizer import Ids, Tokenizer
 from lldfast.errors import CorruptError, InputError
@@ -100,7 +100,7 @@ def token_hash(ids: npt.NDArray[Any]) -> str:
 
 def encode(
     source: Source,
-    plan: Plan,
+    plan: EvalPlan,
     tokenizer: Tokenizer,
     folder: Path,
     *,
@@ -143,7 +143,7 @@ def encode(
     return parts
 
 
-def pieces_of(document: Document, plan: Plan) -> tuple[int, list[Piece]]:
+def pieces_of(document: Document, plan: EvalPlan) -> tuple[int, list[Piece]]:
     """(bytes of the document, its pieces): training text in between what the plan holds out; none of a held-out copy."""
     raw = document.text.encode()
     units = plan.units.get(document.number)
@@ -201,7 +201,7 @@ def _encode_group(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
 def _collect(
     stream: Iterator[EncodedRow],
     before: State,
-    plan: Plan,
+    plan: EvalPlan,
     seed: int,
     dtype: np.dtype[Any],
     on_progress: Callable[[int, int], object],

@@ -60,7 +60,7 @@ class Chosen(NamedTuple):
 
 
 @dataclass
-class Plan:
+class EvalPlan:
     """What the first reading of the corpus settles.
 
     Attributes:
@@ -85,7 +85,7 @@ class Plan:
         return dataclasses.asdict(self) | {"units": {str(i): [list(unit) for unit in units] for i, units in self.units.items()}}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Plan:
+    def from_json(cls, content: Mapping[str, Any]) -> EvalPlan:
         units = {int(i): [Unit(*unit) for unit in units] for i, units in content["units"].items()}
         return cls(content["domains"], units, content["n_documents"], content["n_bytes"], content["warnings"])
 
@@ -153,7 +153,7 @@ def make_plan(
     estimate_share: float,
     seed: int,
     on_bytes: Callable[[int], object] = int,
-) -> Plan:
+) -> EvalPlan:
     """Read the whole source once and choose the evaluation texts; `on_bytes` hears the size of every document.
 
     Raises:
@@ -189,7 +189,7 @@ def make_plan(
             "held_out_bytes": sum(unit.end - unit.start for unit in chosen.units),
         }
         warnings += [chosen.warning] if chosen.warning else []
-    return Plan(entries, units, n_documents, sum(n_bytes.values()), warnings)
+    return EvalPlan(entries, units, n_documents, sum(n_bytes.values()), warnings)
 
 
 def _check_found(source: Source, found: Mapping[str, Candidates]) -> None:

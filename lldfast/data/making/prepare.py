@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lldfast.backends import versions
 from lldfast.data.evalset import PARTS, EvalSet
 from lldfast.data.making import builtin, evalplan
 from lldfast.data.making.encode import Part, encode, token_dtype, token_hash
-from lldfast.data.making.evalplan import Plan, make_plan
+from lldfast.data.making.evalplan import EvalPlan, make_plan
+from lldfast.data.making.options import PrepareOptions
 from lldfast.data.making.sources import Source
 from lldfast.data.shards import ShardWriter, TokenShards, check_domain_name, write_manifest
 from lldfast.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_manifest, train_bpe
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
+from lldfast.terminal import note, progress_bar
 
 BPE_BYTES, MOST_BPE_BYTES = 8 << 10, 64 << 20  # text a BPE is trained on: per token of its vocabulary, and at most
 
@@ -68,18 +68,10 @@ def prepare(
 
     Args:
         inputs: "builtin", or files, folders and dataset ids (see sources.py).
-        domain_field, text_field: where a record's label and text are; dots reach into nested fields. Without
-            `domain_field`, a folder per domain gives the labels, or the first of sources.LABEL_FIELDS that is there.
-        tokenizer: "gpt2", "bytes", "bpe" (trained on the training texts), a tokenizer.json, a model folder, a hub id.
-        vocab_size: of "bpe".
-        domains: keep only these; default all.
-        eval_texts: evaluation texts in all, in proportion to the domains' bytes. Default 10,000, at most a tenth.
-        eval_per_domain: evaluation texts of every domain; replaces `eval_texts`.
-        estimate_share: share of each domain's evaluation texts in the part "estimate"; the others are in "measure".
-        seed: of the draw of evaluation texts. Neither `workers` nor the order of the documents changes the draw.
-        workers: encoding threads; default one per core.
-        split, config: of Hugging Face datasets.
-        max_documents: stop reading after so many (of the kept domains).
+        domain_field, text_field, tokenizer, vocab_size, domains, eval_texts, eval_per_domain, estimate_share, seed, split,
+            config, max_documents: what is made of them; `PrepareOptions` (options.py) says what each means.
+        workers: encoding threads; default one per core. They change no byte.
+        progress: bars and warnings on stderr.
         resume: go on from what an interrupted run with the same arguments and inputs left; False starts over.
         overwrite: replace an `out` that was made with other arguments.
 
@@ -93,49 +85,52 @@ def prepare(
     if not str(out).strip():
         raise InputError("out is empty: name the folder to make")  # Path("") is the current folder
     out = Path(out).absolute()
-    inputs = [str(inputs)] if isinstance(inputs, (str, os.PathLike)) else [str(item) for item in inputs]
-    domains = [domains] if isinstance(domains, str) else domains
-    arguments: dict[str, Any] = {
-        "inputs": inputs,
-        "domain_field": domain_field,
-        "text_field": text_field,
-        "tokenizer": str(tokenizer),
-        "vocab_size": vocab_size,
-        "domains": None if domains is None else sorted(set(domains)),
-        "eval_texts": eval_texts if eval_per_domain is None else None,
-        "eval_per_domain": eval_per_domain,
-        "estimate_share": estimate_share,
-        "seed": seed,
-        "split": split,
-        "config": config,
-        "max_documents": max_documents,
-    }
-    _check_arguments(arguments, workers)
+    places = [str(inputs)] if isinstance(inputs, (str, os.PathLike)) else [str(item) for item in inputs]
+    options = PrepareOptions(
+        domain_field=domain_field,
+        text_field=text_field,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        domains=None if domains is None else [domains] if isinstance(domains, str) else list(domains),
+        eval_texts=eval_texts,
+        eval_per_domain=eval_per_domain,
+        estimate_share=estimate_share,
+        seed=seed,
+        split=split,
+        config=config,
+        max_documents=max_documents,
+    )
+    options.check()
+    if workers is not None and workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
     source = Source(
-        arguments["inputs"],
+        places,
         text_field=text_field,
         domain_field=domain_field,
         split=split,
         config=config,
-        domains=domains and arguments["domains"],
+        domains=options.domains,
         max_documents=max_documents,
     )
-    record = {"arguments": arguments, "inputs": [item.stamp()[:3] for item in source.inputs]}
+    record: dict[str, Any] = {
+        "arguments": {"inputs": places, **options.record()},
+        "inputs": [item.stamp()[:3] for item in source.inputs],
+    }
     if _is_done(out, record, overwrite):
         return out
     ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
     if ready is not None:
         _check_eot(ready)
-    record["versions"] = _versions(arguments["inputs"])
+    record["versions"] = _versions(places)
     # What a resumed run must find unchanged is stricter: also when the inputs were written, and the tokenizer's content.
     stamps = {**record, "inputs": [item.stamp() for item in source.inputs], "tokenizer": ready and ready.hash}
     work = out.parent / f".{out.name}.prepare"
     with folder_lock(work):
         try:
             if not _is_done(out, record, overwrite):
-                plan = _plan(source, work, json.loads(json.dumps(stamps)), arguments, resume, progress)
-                ready = ready or _trained(source, plan, work, arguments, progress)
-                parts = _encoded(source, plan, ready, work, arguments["seed"], workers, progress)
+                plan = _plan(source, work, json.loads(json.dumps(stamps)), options, resume, progress)
+                ready = ready or _trained(source, plan, work, options, progress)
+                parts = _encoded(source, plan, ready, work, seed, workers, progress)
                 _publish(_assemble(plan, ready, parts, work, record), out)
             shutil.rmtree(work)
         finally:
@@ -186,23 +181,6 @@ def verify(path: str | os.PathLike[str]) -> None:
                 raise CorruptError(f"{shards.shard_file(name)}: document {i} is held out for evaluation, yet it is in the shard")
 
 
-def _check_arguments(a: Mapping[str, Any], workers: int | None) -> None:
-    limits = {"eval_texts": 2, "eval_per_domain": 2, "max_documents": 1}  # two evaluation texts: one for each part
-    for name, least in limits.items():
-        if a[name] is not None and a[name] < least:
-            raise InputError(f"{name} must be at least {least}, got {a[name]}")
-    if workers is not None and workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
-    if not 0 < a["estimate_share"] < 1:
-        raise InputError(f"estimate_share must lie between 0 and 1 (both parts need texts), got {a['estimate_share']}")
-    if (a["tokenizer"] == "bpe") != (a["vocab_size"] is not None):
-        raise InputError("vocab_size is needed by, and only by, the tokenizer 'bpe' that is trained here")
-    if a["vocab_size"] is not None and a["vocab_size"] < 257:
-        raise InputError(f"vocab_size must be at least 257 (256 bytes and the end-of-text token), got {a['vocab_size']}")
-    if a["domains"] is not None and not a["domains"]:
-        raise InputError("domains is an empty list: name at least one, or leave it out for all")
-
-
 def _check_eot(tokenizer: Tokenizer) -> None:
     if tokenizer.eot is None:
         raise InputError(f"tokenizer {tokenizer.name} has no end-of-text token, with which documents must be separated")
@@ -234,57 +212,60 @@ def _is_done(out: Path, record: Mapping[str, Any], overwrite: bool) -> bool:
     raise InputError(f"{out} was made with other arguments ({changed}): choose another folder, or overwrite")
 
 
-def _plan(source: Source, work: Path, stamps: Any, a: Mapping[str, Any], resume: bool, progress: bool) -> Plan:
+def _plan(source: Source, work: Path, stamps: Any, options: PrepareOptions, resume: bool, progress: bool) -> EvalPlan:
     """The plan an interrupted run with the same stamps left, or a new one."""
     path = work / "plan.json"
     if path.exists():
         stored = read_json(path)
         if resume and stored["stamps"] == stamps:
-            return Plan.from_json(stored["plan"])
+            return EvalPlan.from_json(stored["plan"])
         path.unlink()  # first: without it the other files mean nothing
     for item in work.iterdir():
         if item.name != ".lock":
             shutil.rmtree(item) if item.is_dir() else item.unlink()
-    with tqdm(desc="reading", unit="B", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("reading", unit="B", show=progress) as bar:
         plan = make_plan(
             source,
-            eval_texts=a["eval_texts"],
-            eval_per_domain=a["eval_per_domain"],
-            estimate_share=a["estimate_share"],
-            seed=a["seed"],
+            eval_texts=options.eval_texts,
+            eval_per_domain=options.eval_per_domain,
+            estimate_share=options.estimate_share,
+            seed=options.seed,
             on_bytes=bar.update,
         )
     for name in plan.domains:
         check_domain_name(name)  # now, not after the encoding
     for warning in plan.warnings if progress else ():
-        tqdm.write(f"warning: {warning}", file=sys.stderr)
+        note(f"warning: {warning}")
     write_json(path, {"stamps": stamps, "plan": plan.to_json()})
     return plan
 
 
-def _trained(source: Source, plan: Plan, work: Path, a: Mapping[str, Any], progress: bool) -> Tokenizer:
+def _trained(source: Source, plan: EvalPlan, work: Path, options: PrepareOptions, progress: bool) -> Tokenizer:
     """The BPE of this corpus, trained on a sample of the training documents drawn by hash."""
     path = work / "tokenizer.json"
     if not path.exists():
-        share = min(BPE_BYTES * a["vocab_size"], MOST_BPE_BYTES) / len(plan.domains)  # the same for every domain
+        assert options.vocab_size is not None  # options.check asked
+        share = min(BPE_BYTES * options.vocab_size, MOST_BPE_BYTES) / len(plan.domains)  # the same for every domain
         bound = {name: min(1.0, share / entry["bytes_read"]) * 2**64 for name, entry in plan.domains.items()}
 
         def sample() -> Iterator[str]:
-            for document in tqdm(source.documents(), "training a BPE", plan.n_documents, unit=" documents", disable=not progress):
-                digest = evalplan.digest_of(document.text.encode())
-                if digest not in plan.held and evalplan.key_of(a["seed"], "bpe", digest) < bound[document.domain]:
-                    yield document.text
+            with progress_bar("training a BPE", plan.n_documents, unit=" documents", scale=False, show=progress) as bar:
+                for document in source.documents():
+                    digest = evalplan.digest_of(document.text.encode())
+                    if digest not in plan.held and evalplan.key_of(options.seed, "bpe", digest) < bound[document.domain]:
+                        yield document.text
+                    bar.update()
 
-        train_bpe(sample(), a["vocab_size"]).save(path)
+        train_bpe(sample(), options.vocab_size).save(path)
     tokenizer = load_tokenizer(path)
     tokenizer.name = f"bpe-{tokenizer.vocab_size}"
     return tokenizer
 
 
 def _encoded(
-    source: Source, plan: Plan, tokenizer: Tokenizer, work: Path, seed: int, workers: int | None, progress: bool
+    source: Source, plan: EvalPlan, tokenizer: Tokenizer, work: Path, seed: int, workers: int | None, progress: bool
 ) -> list[Path]:
-    with tqdm(desc="encoding", total=plan.n_bytes, unit="B", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("encoding", plan.n_bytes, unit="B", show=progress) as bar:
         done = 0
 
         def on_progress(n_bytes: int, n_tokens: int) -> None:
@@ -300,7 +281,7 @@ def _encoded(
         return encode(source, plan, tokenizer, work, seed=seed, workers=workers, on_progress=on_progress)
 
 
-def _assemble(plan: Plan, tokenizer: Tokenizer, parts: Sequence[Path], work: Path, record: Mapping[str, Any]) -> Path:
+def _assemble(plan: EvalPlan, tokenizer: Tokenizer, parts: Sequence[Path], work: Path, record: Mapping[str, Any]) -> Path:
     """Write the data folder out of the part files, inside the work folder; returns it."""
     data = work / "data"
     shutil.rmtree(data, ignore_errors=True)
