@@ -46,8 +46,8 @@ from lldfast.data.evalset import EvalSet
 from lldfast.gram.estimation import split_groups
 from lldfast.gram.rows import BYTES
 from lldfast.measure.loglik import delta as delta_of
-from lldfast.models.scorer import Scorer, load_scorer
-from lldfast.models.scoring import Batch, batches, evaluating, token_logprobs
+from lldfast.models.batches import Batch, batches, evaluating, token_logprobs
+from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.ops.sketch.fold import fold
 from lldfast.run.config import Config, DataConfig, LLDConfig, LogConfig, ModelConfig, TrainConfig
 from lldfast.run.experiment import open_data
@@ -62,7 +62,7 @@ Array = np.ndarray
 class Problem:
     """A model, texts with K domains, Delta [K], and the exact answer."""
 
-    scorer: Scorer
+    scorer: LanguageModel
     texts: EvalSet
     delta: Array
     title: str
@@ -141,9 +141,9 @@ def trained(o: argparse.Namespace) -> Path:
 
 def problem(o: argparse.Namespace) -> Problem:
     folder = trained(o)
-    target = load_scorer(folder / "methods" / "fixed" / "final", device=o.device)
+    target = load_model(folder / "methods" / "fixed" / "final", device=o.device)
     which = folder / "methods" / "uniform" / "final" if o.model == "trained" else resolve_location(o.model)
-    scorer = load_scorer(which, device=o.device)
+    scorer = load_model(which, device=o.device)
     scorer.module.requires_grad_(True)
     texts = EvalSet.load(folder / "data" / "eval.parquet").select("estimate")
     keep = np.concatenate([np.flatnonzero(texts.domain == name)[: o.texts] for name in texts.domains[: o.domains]])
@@ -410,7 +410,7 @@ def main() -> None:
     options.add_argument("--data", nargs="+", help="files or folders of texts with a domain label; default: the builtin corpus")
     options.add_argument("--domain-field", help="label field of a document, dots for nesting")
     options.add_argument("--work", default="runs/bench-gram", help="folder of the trained models; made once")
-    options.add_argument("--model", default="trained", help="or what load_scorer takes, or package:NAME/FILE")
+    options.add_argument("--model", default="trained", help="or what load_model takes, or package:NAME/FILE")
     options.add_argument("--steps", type=int, default=600, help="to train, where that is still to be done")
     options.add_argument("--texts", type=int, default=8, help="per domain")
     options.add_argument("--domains", type=int, help="only the first so many")

@@ -35,9 +35,9 @@ from common import Check, Method, distance, parse, parser, pytest_run, run, writ
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.gram.texts import per_text
+from lldfast.models.batches import evaluating
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig
-from lldfast.models.scorer import Scorer
-from lldfast.models.scoring import evaluating
+from lldfast.models.language_model import LanguageModel
 from lldfast.ops.sketch.fold import fold
 
 SEED = 1234
@@ -45,17 +45,17 @@ LIMIT = 1e-5  # relative, of all sketches
 MODELS = {**PRESETS, "10m": GPTConfig(1024, 1024, 256, 8, 10, 320)}
 
 
-def make(model: str, tokens: int, texts: int, device: str) -> tuple[Scorer, EvalSet]:
+def make(model: str, tokens: int, texts: int, device: str) -> tuple[LanguageModel, EvalSet]:
     """Random letters, one token each."""
     letters = np.random.default_rng(0).integers(97, 123, (texts, tokens), dtype=np.uint8)
-    scorer = Scorer.from_gpt(GPT(MODELS[model], seed=0), load_tokenizer("bytes")).to(device)
+    scorer = LanguageModel.from_gpt(GPT(MODELS[model], seed=0), load_tokenizer("bytes")).to(device)
     return scorer, EvalSet.from_texts([row.tobytes().decode() for row in letters], ["letters"] * texts)
 
 
 class Peer:
     """Rows of gradients of `together` texts at once, each folded."""
 
-    def __init__(self, scorer: Scorer, evalset: EvalSet, k: int, together: int, plain: bool) -> None:
+    def __init__(self, scorer: LanguageModel, evalset: EvalSet, k: int, together: int, plain: bool) -> None:
         self.scorer, self.k, self.together, self.plain = scorer, k, together, plain
         self.ids = torch.tensor(np.stack([s.ids for s in scorer.tokenize(evalset)]), device=scorer.device)
         self.parameters = {name: p.detach() for name, p in scorer.module.named_parameters()}
@@ -87,12 +87,12 @@ class Peer:
         return out
 
 
-def ours(scorer: Scorer, evalset: EvalSet, k: int, backend: str, batch_tokens: int) -> torch.Tensor:
+def ours(scorer: LanguageModel, evalset: EvalSet, k: int, backend: str, batch_tokens: int) -> torch.Tensor:
     found = per_text(scorer, evalset, k=k, seed=SEED, backend=backend, batch_tokens=batch_tokens)
     return torch.from_numpy(found.sketches)
 
 
-def methods(scorer: Scorer, evalset: EvalSet, o: argparse.Namespace) -> list[Method]:
+def methods(scorer: LanguageModel, evalset: EvalSet, o: argparse.Namespace) -> list[Method]:
     k, n = 1 << o.log2_k, len(evalset)
     made = [Method("lldfast.gram.per_text", functools.partial(ours, scorer, evalset, k, "auto", o.batch_tokens), LIMIT)]
     if o.torch:
@@ -104,7 +104,7 @@ def methods(scorer: Scorer, evalset: EvalSet, o: argparse.Namespace) -> list[Met
     return made
 
 
-def check_of(scorer: Scorer, evalset: EvalSet, k: int) -> Check:
+def check_of(scorer: LanguageModel, evalset: EvalSet, k: int) -> Check:
     wanted = Peer(scorer, evalset, k, 1, True)().cpu()
 
     def check(_: Method, result: torch.Tensor) -> tuple[float, float]:

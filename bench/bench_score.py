@@ -2,8 +2,8 @@
 
     python bench/bench_score.py --model gpt2-124m --model path/to/model.gguf --data eval.parquet --texts 48 --threads 2
 
-`gpt2-124m` is GPT-2's shape with random weights; other models are what `lldfast.models.scorer.load_scorer` takes. The plain
-loop is what one writes without this library: texts sorted by length, padded batches with an attention mask, the model's full
+`gpt2-124m` is GPT-2's shape with random weights; other models are what `lldfast.load_model` takes. The plain loop
+is what one writes without this library: texts sorted by length, padded batches with an attention mask, the model's full
 logits, log_softmax, gather. It runs at each of --batch-sizes, and its best one counts. Methods are interleaved, medians are over
 rounds; the gap is to one text at a time with the log_softmax in fp64. Peak memory is the growth of the resident set during a
 call (Linux). On a machine that others use too, compare the processor seconds of runs with one thread.
@@ -28,7 +28,7 @@ from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Scorer, load_scorer
+from lldfast.models.language_model import LanguageModel, load_model
 
 
 def main() -> None:
@@ -62,14 +62,14 @@ def load_texts(path: str | None, n: int) -> EvalSet:
     return EvalSet.from_texts([whole.texts[i] for i in rows], whole.domain[rows])
 
 
-def load_pair(name: str, device: str, dtype: str) -> tuple[Scorer, torch.nn.Module]:
+def load_pair(name: str, device: str, dtype: str) -> tuple[LanguageModel, torch.nn.Module]:
     """Our scorer and the transformers model with the same weights."""
     if name != "gpt2-124m":
-        scorer = load_scorer(name, device=device, dtype=dtype)
+        scorer = load_model(name, device=device, dtype=dtype)
         return scorer, scorer.module.to_hf() if isinstance(scorer.module, GPT) else scorer.module
     gpt = GPT("nano-124m", seed=0)
     ours, theirs = (model.to(device=device, dtype=getattr(torch, dtype)).eval() for model in (gpt, gpt.to_hf()))
-    return Scorer.from_gpt(ours, load_tokenizer("gpt2"), name="GPT-2 124M"), theirs
+    return LanguageModel.from_gpt(ours, load_tokenizer("gpt2"), name="GPT-2 124M"), theirs
 
 
 def plain_loop(

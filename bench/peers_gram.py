@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lldfast.models.scorer import Scorer
-from lldfast.models.scoring import Batch, token_logprobs
+from lldfast.models.batches import Batch, token_logprobs
+from lldfast.models.language_model import LanguageModel
 
 BLOCK = 1 << 16  # parameters at a time on a CPU, so that temporaries stay in cache
 
@@ -120,7 +120,7 @@ def last(rows: Tensor, k: int, seed: int) -> Tensor:
 class Kronecker:
     """`B (sum_t b_t a_t^T) A^T` of every linear layer, A [p, I] and B [p, O] with normal entries of variance 1 / p."""
 
-    def __init__(self, scorer: Scorer, k: int, seed: int) -> None:
+    def __init__(self, scorer: LanguageModel, k: int, seed: int) -> None:
         self.scorer, module = scorer, scorer.module
         head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
         self.layers = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -184,7 +184,7 @@ class Kronecker:
 
 
 @contextlib.contextmanager
-def frozen(scorer: Scorer) -> Iterator[None]:
+def frozen(scorer: LanguageModel) -> Iterator[None]:
     """No weight wants a gradient, only what follows the embedding: as these tools run, and it saves a third of the work."""
     module = scorer.module
     wanted = [p for p in module.parameters() if p.requires_grad]
@@ -240,7 +240,7 @@ def dattri_mask(rows: Tensor, k: int, seed: int) -> Tensor:
 class Bergson:
     """bergson's in-memory collector with its default per-module projection, on our batches and our loss."""
 
-    def __init__(self, scorer: Scorer, k: int, seed: int) -> None:
+    def __init__(self, scorer: LanguageModel, k: int, seed: int) -> None:
         bergson, why = package("bergson", "bergson")
         if bergson is None:
             raise ImportError(why)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 # At once, not when first used: importing the submodule later would otherwise put the module in the function's place.
 from lldfast.backends import backends
+from lldfast.errors import deprecated, forward_modules
 
 __version__ = "0.1.0"
 
@@ -25,8 +26,8 @@ _NAMES = {
     "score": "lldfast.measure.score",
     "delta": "lldfast.measure.loglik",
     "LoglikVector": "lldfast.measure.loglik",
-    "load_scorer": "lldfast.models.scorer",
-    "Scorer": "lldfast.models.scorer",
+    "load_model": "lldfast.models.language_model",
+    "LanguageModel": "lldfast.models.language_model",
     "GPT": "lldfast.models.gpt",
     "GPTConfig": "lldfast.models.gpt",
     "EvalSet": "lldfast.data.evalset",
@@ -42,6 +43,7 @@ _NAMES = {
     "aggregate_weights": "lldfast.weights.equations",
     "effective_domains": "lldfast.weights.simplex",
     "Rule": "lldfast.weights.rules",
+    "WeightsFile": "lldfast.weights.file",
     "load_weights": "lldfast.weights.file",
     "save_weights": "lldfast.weights.file",
     "kl": "lldfast.measure.divergence",
@@ -52,21 +54,41 @@ _NAMES = {
     "jsd_matrix": "lldfast.measure.divergence",
     "LLDError": "lldfast.errors",
 }
-# submodules that are an interface of their own: lld.gram.estimate(...), lld.weights.adjusted_direction(...)
+# modules that are an interface of their own: lld.gram.estimate(...), lld.weights.adjusted_direction(...)
 _MODULES = {
     "gram": "lldfast.gram",
     "weights": "lldfast.weights",
-    "divergence": "lldfast.measure.divergence",
     "schedule": "lldfast.schedule",
+    "divergence": "lldfast.measure.divergence",
     "modelmap": "lldfast.measure.modelmap",
     "teach": "lldfast.distill.teach",
     "generate": "lldfast.distill.generate",
+}
+# former name -> present name; former module -> the modules that hold what it held
+_FORMER_NAMES = {"Scorer": "LanguageModel", "load_scorer": "load_model"}
+_FORMER_MODULES = {
+    "lldfast.config": ["lldfast.run.config", "lldfast.run.distill", "lldfast.run.methods"],
+    "lldfast.constrained": ["lldfast.weights.constrained"],
+    "lldfast.data.prepare": ["lldfast.data.making.prepare"],
+    "lldfast.data.teachercache": ["lldfast.distill.cache"],
+    "lldfast.divergence": ["lldfast.measure.divergence"],
+    "lldfast.generate": ["lldfast.distill.generate"],
+    "lldfast.loglik": ["lldfast.measure.loglik", "lldfast.measure.score"],
+    "lldfast.methods": ["lldfast.run.methods", "lldfast.run.distill"],
+    "lldfast.modelmap": ["lldfast.measure.modelmap"],
+    "lldfast.models.scorer": ["lldfast.models.language_model"],
+    "lldfast.rules": ["lldfast.weights.rules", "lldfast.weights.recipe"],
+    "lldfast.teach": ["lldfast.distill.teach"],
+    "lldfast.weightsfile": ["lldfast.weights.file", "lldfast.weights.recompute", "lldfast.weights.disclosure"],
 }
 
 __all__ = [*_NAMES, *_MODULES, "__version__", "backends"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FORMER_NAMES:
+        deprecated(f"lldfast.{name}", f"lldfast.{_FORMER_NAMES[name]}")
+        name = _FORMER_NAMES[name]
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
@@ -76,6 +98,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+forward_modules(_FORMER_MODULES)
 
 
 # ruff: noqa: F401  (for type checkers and editors; at run time __getattr__ loads these)
@@ -94,13 +119,13 @@ if TYPE_CHECKING:
     from lldfast.measure.loglik import LoglikVector, delta
     from lldfast.measure.score import score
     from lldfast.models.gpt import GPT, GPTConfig
-    from lldfast.models.scorer import Scorer, load_scorer
+    from lldfast.models.language_model import LanguageModel, load_model
     from lldfast.ops.distill.loss import distill_loss, distill_loss_from_logits, distill_loss_topk
     from lldfast.ops.linear_logprob import linear_cross_entropy, linear_logprob
     from lldfast.ops.logprob import logprob, merge_vocab_shards
     from lldfast.ops.segments import SegmentSums
     from lldfast.weights.constrained import fit_weights, trust_region_weights
     from lldfast.weights.equations import adjusted_lld_weights, aggregate_weights, lld_weights
-    from lldfast.weights.file import load_weights, save_weights
+    from lldfast.weights.file import WeightsFile, load_weights, save_weights
     from lldfast.weights.rules import Rule
     from lldfast.weights.simplex import effective_domains

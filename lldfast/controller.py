@@ -32,7 +32,7 @@ from lldfast.gram.step import GRAM_OPTIONS, estimate_step, info_line
 from lldfast.measure.loglik import LoglikVector, check_same_texts, delta
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 from lldfast.schedule import estimation_steps
 from lldfast.weights.bootstrap import bootstrap_deltas, standard_errors
 from lldfast.weights.disclosure import disclosure
@@ -78,7 +78,7 @@ class LLDController:
             target: the target's log-likelihoods of these texts (or of the whole evalset); the target is not needed again.
             steps: length of the run.
             rule: a rule's name, or a `Rule` with its options.
-            tokenizer: needed when `step` is given a bare GPT instead of a Scorer.
+            tokenizer: needed when `step` is given a bare GPT instead of a LanguageModel.
             per: "base_tokens", "bytes" or "texts": what log-likelihoods are divided by, eq. (3).
             at: the step set S; `estimation_steps(steps)` by default.
             bootstrap: replicates over texts for standard errors; 0 for none.
@@ -120,7 +120,9 @@ class LLDController:
         self._logits = np.zeros(len(self.domains))
         self._base: dict[str, Any] | None = None  # identity of the model that was scored first
 
-    def step(self, step: int, model: Scorer | GPT, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float] | None:
+    def step(
+        self, step: int, model: LanguageModel | GPT, optimizer: torch.optim.Optimizer | None = None
+    ) -> dict[str, float] | None:
         """Call before optimiser step `step`. Returns the new weights {domain: weight}, or None when S has no such step.
 
         Args:
@@ -193,18 +195,18 @@ class LLDController:
     def _step_grams(self) -> list[StepGram | None]:
         return [step_gram(gram, info, self.domains) for gram, info in zip(self.grams, self.gram_info, strict=True)]
 
-    def _scorer(self, model: Scorer | GPT) -> Scorer:
-        if isinstance(model, Scorer):
+    def _scorer(self, model: LanguageModel | GPT) -> LanguageModel:
+        if isinstance(model, LanguageModel):
             return model
         model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         if not isinstance(model, GPT):
             raise InputError(
-                f"LLDController.step takes a GPT or a Scorer: wrap the {type(model).__name__} once, "
-                "by load_scorer(model, tokenizer=...)"
+                f"LLDController.step takes a GPT or a LanguageModel: wrap the {type(model).__name__} once, "
+                "by load_model(model, tokenizer=...)"
             )
         if self.tokenizer is None:
-            raise InputError("LLDController.step was given a bare model: pass tokenizer= to the controller, or a Scorer")
-        return Scorer.from_gpt(model, self.tokenizer)
+            raise InputError("LLDController.step was given a bare model: pass tokenizer= to the controller, or a LanguageModel")
+        return LanguageModel.from_gpt(model, self.tokenizer)
 
     def _counts(self, base: LoglikVector) -> Array:
         """What a text counts in the denominator of eq. (3) [N]."""

@@ -6,8 +6,13 @@ The command line prints errors without a traceback; library callers can catch `L
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,3 +77,34 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
         return target
 
     return decorate
+
+
+class _Forwarding(MetaPathFinder, Loader):
+    """Finds modules by the paths that they had; see `forward_modules`."""
+
+    def __init__(self, former: Mapping[str, Sequence[str]]) -> None:
+        self.former = former
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in self.former else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """An ordinary, empty module: the one of today must keep its own name."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        present = self.former[module.__name__]
+        deprecated(module.__name__, " or ".join(present), stacklevel=2)
+        homes = [importlib.import_module(name) for name in present]
+
+        def find(name: str) -> Any:
+            for home in homes:
+                if hasattr(home, name):
+                    return getattr(home, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = find  # type: ignore[method-assign]
+
+
+def forward_modules(former: Mapping[str, Sequence[str]]) -> None:
+    """Let `import FORMER` go on working, with a DeprecationWarning: {former path: the modules that hold what it held}."""
+    sys.meta_path.append(_Forwarding(former))

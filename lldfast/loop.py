@@ -19,7 +19,7 @@ from lldfast.data.mixture import Batch, DomainMixture
 from lldfast.distill.cache import TeacherCache
 from lldfast.distill.objective import Distillation, Objective, Rows, check_same_teacher, cross_entropy, fingerprint
 from lldfast.errors import TrainingError
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 from lldfast.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from lldfast.run.experiment import Experiment
 from lldfast.run.log import JsonlLog, RunLog
@@ -94,7 +94,7 @@ class Training:
         windows = teacher.windows if isinstance(teacher, TeacherCache) else None  # a recorded teacher knows these alone
         self.model = exp.new_model()
         self.forward: Any = torch.compile(self.model) if t.compile else self.model
-        self.scorer = Scorer.from_gpt(self.model, exp.tokenizer, name=f"{method.name}, seed {config.seed}")
+        self.scorer = LanguageModel.from_gpt(self.model, exp.tokenizer, name=f"{method.name}, seed {config.seed}")
         self.optimizer = make_optimizer(self.model, t)
         self.mixture = DomainMixture(
             exp.shards,

@@ -20,7 +20,7 @@ from lldfast.gram.options import MODES, GramOptions
 from lldfast.measure.loglik import delta
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 from lldfast.run.config import GramConfig
 from lldfast.terminal import option_help
 from lldfast.weights.bootstrap import standard_errors
@@ -34,8 +34,8 @@ rng = np.random.default_rng(0)
 TOKENIZER = load_tokenizer("bytes")
 TEXTS = ["".join(rng.choice(list("abc déf"), rng.integers(20, 90))) for _ in range(18)]
 EVALSET = EvalSet.from_texts(TEXTS, ["b"] * 6 + ["a"] * 5 + ["c"] * 7, part=(["estimate"] * 5 + ["measure"]) * 3)
-BASE = Scorer.from_gpt(GPT("test-tiny", seed=0), TOKENIZER)
-TARGET = score(Scorer.from_gpt(GPT("test-tiny", seed=1), TOKENIZER), EVALSET)
+BASE = LanguageModel.from_gpt(GPT("test-tiny", seed=0), TOKENIZER)
+TARGET = score(LanguageModel.from_gpt(GPT("test-tiny", seed=1), TOKENIZER), EVALSET)
 
 
 def controller(**options):
@@ -300,7 +300,7 @@ def test_no_errors_of_weights_from_a_gram_that_is_noise_alone(fake):
     """A million times more was taken out of the diagonal than is left: most simulated sketches leave nothing positive."""
     fake(k=4, noise=1e6)
     one = EvalSet.from_texts(TEXTS[:4], ["a"] * 4)
-    c = LLDController(one, score(Scorer.from_gpt(GPT("test-tiny", seed=1), TOKENIZER), one), steps=10, rule="adjusted")
+    c = LLDController(one, score(LanguageModel.from_gpt(GPT("test-tiny", seed=1), TOKENIZER), one), steps=10, rule="adjusted")
     assert c.step(0, BASE) == {"a": 1.0}
     assert c.gram_info[0]["weights_se"] is None
 
@@ -329,7 +329,7 @@ def test_calls_that_make_no_sense():
 
 def test_adjusted_with_one_text_per_domain():
     one = EvalSet.from_texts(["one text", "another text", "a third one"], ["a", "b", "c"])
-    target = score(Scorer.from_gpt(GPT("test-tiny", seed=1), TOKENIZER), one)
+    target = score(LanguageModel.from_gpt(GPT("test-tiny", seed=1), TOKENIZER), one)
     weights = LLDController(one, target, steps=4, rule="adjusted").step(0, BASE)
     assert sum(weights.values()) == pytest.approx(1) and all(np.isfinite(v) for v in weights.values())
 

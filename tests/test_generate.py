@@ -21,7 +21,7 @@ from lldfast.distill.generate import Prompts, Sampling, generate, uniform
 from lldfast.errors import BusyError, CorruptError, InputError
 from lldfast.files import folder_lock, read_json, write_json
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.scorer import Scorer, load_scorer
+from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.run.config import Config, DataConfig
 from lldfast.run.experiment import open_data
 
@@ -57,7 +57,7 @@ def model(seed=0):
 
 
 def scorer(gpt=None, **options):
-    return Scorer.from_gpt(model() if gpt is None else gpt, load_tokenizer("bytes"), "writer", **options)
+    return LanguageModel.from_gpt(model() if gpt is None else gpt, load_tokenizer("bytes"), "writer", **options)
 
 
 def fixed(probabilities):
@@ -74,7 +74,7 @@ def fixed(probabilities):
 
 def write(data, out, gpt=None, **options):
     options = {"tokens": 300, "prompt_tokens": 4, "length": 24, "progress": False, **options}
-    return generate(gpt if isinstance(gpt, Scorer) else scorer(gpt), data, out, **options)
+    return generate(gpt if isinstance(gpt, LanguageModel) else scorer(gpt), data, out, **options)
 
 
 def documents(folder, domain):
@@ -304,7 +304,7 @@ def test_logits_that_are_not_finite(data, tmp_path):
 
 def test_another_tokenizer_is_refused(data, tmp_path):
     bpe = train_bpe(["to be or not to be", "that is the question"], 257)
-    other = Scorer.from_gpt(GPT(GPTConfig(320, 300, 64, 2, 2, 32), seed=0), bpe, "writer")
+    other = LanguageModel.from_gpt(GPT(GPTConfig(320, 300, 64, 2, 2, 32), seed=0), bpe, "writer")
     with pytest.raises(InputError, match=r"model writer uses the tokenizer .* but .* was made with 'bytes'"):
         write(data, tmp_path / "o", other)
 
@@ -357,7 +357,7 @@ def test_a_hugging_face_model_and_a_trained_tokenizer(tmp_path):
         hf = transformers.LlamaForCausalLM(config).eval()
     hf.save_pretrained(tmp_path / "hf")
     shutil.copy(data / "tokenizer.json", tmp_path / "hf")
-    own = load_scorer(hf, tokenizer=str(data / "tokenizer.json"))
+    own = load_model(hf, tokenizer=str(data / "tokenizer.json"))
     out = write(data, tmp_path / "o", own, tokens=150)
     verify(out)
     assert TokenShards(out).load_tokenizer().hash == own.tokenizer.hash and (out / "tokenizer.json").is_file()

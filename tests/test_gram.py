@@ -21,9 +21,9 @@ from lldfast.gram.estimation import choose, split_groups
 from lldfast.gram.rows import GradientRows
 from lldfast.gram.sketch_error import expected_weight_kl, relative_error
 from lldfast.measure.score import score
+from lldfast.models.batches import IGNORE, batches, token_logprobs
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Scorer
-from lldfast.models.scoring import IGNORE, batches, token_logprobs
+from lldfast.models.language_model import LanguageModel
 from lldfast.ops.sketch import fold as sketch
 from lldfast.weights.equations import adjusted_lld_weights
 
@@ -43,7 +43,7 @@ APART = EvalSet.from_texts(
 
 @pytest.fixture
 def scorer():
-    return Scorer.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
+    return LanguageModel.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
 
 
 def rows_fp64(scorer, evalset):
@@ -267,9 +267,9 @@ def test_experts_unused_parameters_and_checkpointing(checkpointed):
     torch.manual_seed(0)
     model, plain = Experts(checkpointed), Experts()
     plain.load_state_dict(model.state_dict())
-    scorer = Scorer.from_gpt(model, load_tokenizer("bytes"))
+    scorer = LanguageModel.from_gpt(model, load_tokenizer("bytes"))
     evalset = EvalSet.from_texts(texts(6, "bdfhjl") + texts(6, "abcdefgh"), ["even"] * 6 + ["both"] * 6)
-    J = rows_fp64(Scorer.from_gpt(plain, load_tokenizer("bytes")), evalset)
+    J = rows_fp64(LanguageModel.from_gpt(plain, load_tokenizer("bytes")), evalset)
     for mode, options in (("exact", {}), ("fold", {"k": 2**16})):
         got = gram.estimate(scorer, evalset, mode=mode, debias=False, batch_tokens=200, **options)
         np.testing.assert_allclose(got.gram, J @ J.T, rtol=1e-4)
@@ -277,7 +277,7 @@ def test_experts_unused_parameters_and_checkpointing(checkpointed):
 
 def test_half_precision_parameters_are_summed_in_fp32():
     model = GPT("test-tiny", seed=0).bfloat16()
-    scorer = Scorer.from_gpt(model, load_tokenizer("bytes"))
+    scorer = LanguageModel.from_gpt(model, load_tokenizer("bytes"))
     many = gram.estimate(scorer, APART, debias=False, batch_tokens=1)
     J = rows_fp64(scorer, APART)
     scale = np.sqrt(np.outer(*[(J @ J.T).diagonal()] * 2))
@@ -287,7 +287,7 @@ def test_half_precision_parameters_are_summed_in_fp32():
 def test_fold_never_holds_rows(scorer, monkeypatch):
     """The largest tensor made on the way is a gradient or a sketch, and together they stay under the declared budget."""
     model = GPT("demo-1m", seed=0)
-    big = Scorer.from_gpt(model, load_tokenizer("bytes"))
+    big = LanguageModel.from_gpt(model, load_tokenizer("bytes"))
     size, made = sum(p.numel() for p in model.parameters()), []
     for name in ("zeros", "empty", "zeros_like", "empty_like"):
         original = getattr(torch, name)
@@ -396,10 +396,10 @@ def test_texts_that_touch_no_trainable_parameter(scorer):
         p.requires_grad_(False)
     model.late = torch.nn.Parameter(torch.zeros(32))
     evalset = EvalSet.from_texts(["short", *(t * 3 for t in texts(4))], ["short", *["long"] * 4])
-    got = gram.estimate(Scorer.from_gpt(model, load_tokenizer("bytes")), evalset, debias=False)
+    got = gram.estimate(LanguageModel.from_gpt(model, load_tokenizer("bytes")), evalset, debias=False)
     assert got.gram[0].tolist() == [0, 0] and got.gram[1, 1] > 0
     with torch.inference_mode():
-        again = gram.estimate(Scorer.from_gpt(model, load_tokenizer("bytes")), evalset, debias=False)
+        again = gram.estimate(LanguageModel.from_gpt(model, load_tokenizer("bytes")), evalset, debias=False)
     np.testing.assert_array_equal(got.gram, again.gram)
 
 
@@ -452,7 +452,7 @@ def test_bad_calls(scorer):
             gram.estimate(scorer, EVALSET, **options)
     with pytest.raises(InputError, match="no evaluation texts"):
         gram.estimate(scorer, EvalSet.from_texts([], []))
-    with pytest.raises(InputError, match="load_scorer"):
+    with pytest.raises(InputError, match="load_model"):
         gram.estimate(scorer.module, EVALSET)
     for p in scorer.module.parameters():
         p.requires_grad_(False)
@@ -495,11 +495,11 @@ from lldfast import gram
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 
 rank, size, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-scorer = Scorer.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
+scorer = LanguageModel.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
 evalset = EvalSet.load(out + "/eval.parquet")
 got = gram.estimate(scorer, evalset, mode="sharded")
 assert got.mode == "sharded"

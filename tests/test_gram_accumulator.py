@@ -16,7 +16,7 @@ from lldfast.errors import CorruptError, InputError, TrainingError
 from lldfast.gram.estimation import _token_counts, _Work, split_groups
 from lldfast.gram.precondition import of_optimizer
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 
 P, K = 50_000, 2**13
 DOMAINS = ["a", "b", "c"]
@@ -298,7 +298,7 @@ def texts(n):
 @pytest.fixture(scope="module")
 def trained():
     """A model that AdamW has trained for a while on the domains' texts, its optimiser, and texts to evaluate on."""
-    scorer = Scorer.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
+    scorer = LanguageModel.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
     optimizer = torch.optim.AdamW(scorer.module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     data = [torch.tensor(list(t.encode())) for t in texts(60)]
     for i in range(60):
@@ -380,7 +380,7 @@ def test_before_the_first_step_the_evaluation_gradients_stand_in(trained):
 def test_steps_of_other_adams_are_predicted_too(trained, kind):
     """Learning rates and betas by group, decay in the gradient, ascent, and a state that has seen one domain only."""
     model = copy.deepcopy(trained[0].module)
-    scorer, evalset = Scorer.from_gpt(model, load_tokenizer("bytes")), trained[2]
+    scorer, evalset = LanguageModel.from_gpt(model, load_tokenizer("bytes")), trained[2]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     if kind == "groups":

@@ -18,9 +18,9 @@ from lldfast.gram import texts
 from lldfast.gram.collector import Layout
 from lldfast.gram.hooks import BatchRun
 from lldfast.gram.texts import per_text
+from lldfast.models.batches import batches, evaluating, token_logprobs
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.scorer import Scorer, load_scorer
-from lldfast.models.scoring import batches, evaluating, token_logprobs
+from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.ops.sketch.fold import fold
 
 K, SEED = 512, 11
@@ -112,7 +112,7 @@ def compare(scorer, evalset=EVALSET, scale=None, **options):
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("batch_tokens", [1, 100, 4096])
 def test_gpt(tokenizer, runs, batch_tokens, backend):
-    scorer = Scorer.from_gpt(gpt(), tokenizer)
+    scorer = LanguageModel.from_gpt(gpt(), tokenizer)
     found = compare(scorer, batch_tokens=batch_tokens, backend=backend)
     assert found.domain.tolist() == EVALSET.domain.tolist() and (found.k, found.seed) == (K, SEED)
     assert found.n_tokens.tolist() == [len(t.encode()) for t in TEXTS]
@@ -122,7 +122,7 @@ def test_gpt(tokenizer, runs, batch_tokens, backend):
 
 def test_gpt_without_biases_and_with_padded_vocabulary(tokenizer, runs):
     model = wiggle(GPT(GPTConfig(320, 257, 64, 1, 2, 32, bias=False), seed=0))
-    compare(Scorer.from_gpt(model, tokenizer))
+    compare(LanguageModel.from_gpt(model, tokenizer))
     assert sum(runs) == len(TEXTS)
 
 
@@ -137,13 +137,13 @@ class Untied(GPT):
 
 
 def test_untied(tokenizer, runs):
-    compare(Scorer.from_gpt(gpt(Untied), tokenizer))
+    compare(LanguageModel.from_gpt(gpt(Untied), tokenizer))
     assert sum(runs) == len(TEXTS)
 
 
 @pytest.mark.parametrize("context", [5, 16])
 def test_texts_in_several_windows(tokenizer, context):
-    scorer = load_scorer(gpt(), tokenizer=tokenizer, context_length=context)
+    scorer = load_model(gpt(), tokenizer=tokenizer, context_length=context)
     assert max(np.bincount([segment.text for segment in scorer.tokenize(EVALSET)])) > 2
     compare(scorer)
     compare(scorer, batch_tokens=60)
@@ -154,32 +154,32 @@ def test_frozen_parameters(tokenizer, runs, trained):
     model = gpt()
     for name, p in model.named_parameters():
         p.requires_grad = any(part in name for part in trained.split("|"))
-    compare(Scorer.from_gpt(model, tokenizer))
+    compare(LanguageModel.from_gpt(model, tokenizer))
     assert sum(runs) == len(TEXTS)
 
 
 def test_unused_parameters_have_a_place(tokenizer):
     model = gpt()
     model.blocks[0].never = nn.Linear(7, 11)
-    compare(Scorer.from_gpt(model, tokenizer))
+    compare(LanguageModel.from_gpt(model, tokenizer))
 
 
 def test_scale(tokenizer):
     model = gpt()
     scale = {name: torch.rand(p.shape) + 0.5 for name, p in model.named_parameters() if "proj" not in name}
-    compare(Scorer.from_gpt(model, tokenizer), scale=scale)
-    compare(load_scorer(model, tokenizer=tokenizer, context_length=10), scale=scale)
+    compare(LanguageModel.from_gpt(model, tokenizer), scale=scale)
+    compare(load_model(model, tokenizer=tokenizer, context_length=10), scale=scale)
 
 
 def test_large_sketch_and_chunks_of_the_head(tokenizer, monkeypatch):
     from lldfast.gram import hooks
 
     monkeypatch.setattr(hooks, "LOGIT_ENTRIES", 1)  # 64 rows of the vocabulary at a time
-    compare(Scorer.from_gpt(gpt(), tokenizer))
+    compare(LanguageModel.from_gpt(gpt(), tokenizer))
 
 
 def test_a_text_without_scored_tokens(tokenizer):
-    scorer = Scorer.from_gpt(gpt(), tokenizer, bos="none")
+    scorer = LanguageModel.from_gpt(gpt(), tokenizer, bos="none")
     found = compare(scorer)
     assert found.n_tokens[3] == 0 and not found.sketches[3].any() and found.squares[3] == 0
 
@@ -189,7 +189,7 @@ def test_gradients_and_mode_of_a_model_in_training_stay(tokenizer):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     grads = [p.grad for p in model.parameters()]
-    per_text(Scorer.from_gpt(model, tokenizer), EVALSET, k=K)
+    per_text(LanguageModel.from_gpt(model, tokenizer), EVALSET, k=K)
     assert all(p.grad is g and bool((g == 1).all()) for p, g in zip(model.parameters(), grads, strict=True)) and model.training
 
 
@@ -207,9 +207,9 @@ class Functional(GPT):
 
 
 def test_functional_uses_are_done_text_by_text(tokenizer, runs):
-    compare(Scorer.from_gpt(gpt(Functional), tokenizer))
+    compare(LanguageModel.from_gpt(gpt(Functional), tokenizer))
     assert runs[0] > 1 and set(runs[1:]) == {1} and len(runs) == 1 + len(TEXTS)
-    compare(load_scorer(gpt(Functional), tokenizer=tokenizer, context_length=9))
+    compare(load_model(gpt(Functional), tokenizer=tokenizer, context_length=9))
 
 
 class Twice(GPT):
@@ -222,7 +222,7 @@ class Twice(GPT):
 
 
 def test_layers_called_twice(tokenizer, runs):
-    compare(Scorer.from_gpt(gpt(Twice), tokenizer))
+    compare(LanguageModel.from_gpt(gpt(Twice), tokenizer))
     assert set(runs[1:]) == {1}  # positions come as rows and, in GPT.forward, as a table
 
 
@@ -233,7 +233,7 @@ class Repeated(GPT):
 
 
 def test_repeated_layers_stay_fused(tokenizer, runs):
-    compare(Scorer.from_gpt(gpt(Repeated), tokenizer))
+    compare(LanguageModel.from_gpt(gpt(Repeated), tokenizer))
     assert sum(runs) == len(TEXTS)
 
 
@@ -254,14 +254,14 @@ class TimeFirst(GPT):
 
 @pytest.mark.parametrize("kind", [Flattened, TimeFirst])
 def test_layouts_that_lose_the_text(tokenizer, runs, kind):
-    compare(Scorer.from_gpt(gpt(kind), tokenizer))
+    compare(LanguageModel.from_gpt(gpt(kind), tokenizer))
     assert set(runs[1:]) == {1}
 
 
 def test_as_many_texts_as_tokens(tokenizer, runs):
     """There a tensor of [T, texts] would look like one of [texts, T]."""
     evalset = EvalSet.from_texts(["abcd", "efgh", "ijkl", "mnop", "qrst", "uvwx"], ["d"] * 6)
-    compare(Scorer.from_gpt(gpt(TimeFirst), tokenizer), evalset, batch_tokens=16)
+    compare(LanguageModel.from_gpt(gpt(TimeFirst), tokenizer), evalset, batch_tokens=16)
     assert runs[0] == 3
 
 
@@ -278,7 +278,7 @@ class Averaged(GPT):
 
 def test_a_model_that_hooks_misread_is_refused(tokenizer):
     with pytest.raises(InputError, match=r"uses more\.weight in a way.*collector"):
-        per_text(Scorer.from_gpt(gpt(Averaged), tokenizer), EVALSET, k=K)
+        per_text(LanguageModel.from_gpt(gpt(Averaged), tokenizer), EVALSET, k=K)
 
 
 class InPlace(GPT):
@@ -294,7 +294,7 @@ def test_inputs_changed_in_place_are_refused(tokenizer):
     for name, p in model.named_parameters():
         p.requires_grad = name == "blocks.0.proj.weight"
     with pytest.raises(InputError, match="in place"):
-        per_text(Scorer.from_gpt(model, tokenizer), EVALSET, k=K)
+        per_text(LanguageModel.from_gpt(model, tokenizer), EVALSET, k=K)
     assert model.blocks[0].proj.weight.requires_grad and model.blocks[0].proj.weight.grad is None
 
 
@@ -306,10 +306,10 @@ def test_errors_leave_the_model_as_it_was(tokenizer):
 
     handle = model.blocks[1].up.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="no"):
-        per_text(Scorer.from_gpt(model, tokenizer), EVALSET, k=K)
+        per_text(LanguageModel.from_gpt(model, tokenizer), EVALSET, k=K)
     handle.remove()
     assert all(p.requires_grad for p in model.parameters())
-    compare(Scorer.from_gpt(model, tokenizer))
+    compare(LanguageModel.from_gpt(model, tokenizer))
 
 
 def test_the_text_of_a_nan_is_named(tokenizer):
@@ -317,7 +317,7 @@ def test_the_text_of_a_nan_is_named(tokenizer):
     with torch.no_grad():
         model.wpe.weight[35] = float("nan")  # only texts 2 and 7 are so long
     with pytest.raises(TrainingError, match=r"text 2 of domain 'prose' is not finite"):
-        per_text(Scorer.from_gpt(model, tokenizer), EVALSET, k=K)
+        per_text(LanguageModel.from_gpt(model, tokenizer), EVALSET, k=K)
 
 
 @pytest.mark.parametrize(
@@ -332,17 +332,17 @@ def test_the_text_of_a_nan_is_named(tokenizer):
 )
 def test_refused(tokenizer, change, message):
     with pytest.raises(InputError, match=message):
-        per_text(Scorer.from_gpt(gpt(), tokenizer), EVALSET, **{"k": K, **change})
+        per_text(LanguageModel.from_gpt(gpt(), tokenizer), EVALSET, **{"k": K, **change})
 
 
 def test_refused_models(tokenizer):
     frozen = gpt().requires_grad_(False)
     with pytest.raises(InputError, match="no parameter"):
-        per_text(Scorer.from_gpt(frozen, tokenizer), EVALSET, k=K)
+        per_text(LanguageModel.from_gpt(frozen, tokenizer), EVALSET, k=K)
     stepping = gpt()
     stepping.wpe.weight.register_post_accumulate_grad_hook(lambda p: None)
     with pytest.raises(InputError, match=r"wpe\.weight"):
-        per_text(Scorer.from_gpt(stepping, tokenizer), EVALSET, k=K)
+        per_text(LanguageModel.from_gpt(stepping, tokenizer), EVALSET, k=K)
 
 
 class Peak(TorchDispatchMode):
@@ -378,7 +378,7 @@ def test_memory_does_not_grow_with_the_number_of_texts(tokenizer):
         for n in (8, 16, 48):
             evalset = EvalSet.from_texts([f"{i:02d} some words" for i in range(n)], ["d"] * n)
             with Peak() as peak:
-                per_text(Scorer.from_gpt(model, tokenizer), evalset, k=64, batch_tokens=64)
+                per_text(LanguageModel.from_gpt(model, tokenizer), evalset, k=64, batch_tokens=64)
             peaks[n] = peak.peak - n * 64 * 8  # the result itself
             assert peak.largest < 4 * size  # no text's gradient as a whole, much less all of them
     finally:
@@ -387,12 +387,12 @@ def test_memory_does_not_grow_with_the_number_of_texts(tokenizer):
 
 
 def test_bf16(tokenizer):
-    scorer = Scorer.from_gpt(gpt().bfloat16(), tokenizer)
+    scorer = LanguageModel.from_gpt(gpt().bfloat16(), tokenizer)
     same(per_text(scorer, EVALSET, k=K, seed=SEED), alone(scorer), 0.05, 0.05)
 
 
 def test_fp64(tokenizer):
-    scorer = Scorer.from_gpt(gpt().double(), tokenizer)
+    scorer = LanguageModel.from_gpt(gpt().double(), tokenizer)
     same(per_text(scorer, EVALSET, k=K, seed=SEED), alone(scorer), 1e-10, 1e-10)
 
 
@@ -421,17 +421,17 @@ GPT2 = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
 
 @pytest.mark.parametrize("separate", [True, False])
 def test_hugging_face_gpt2(tokenizer, runs, separate):
-    scorer = load_scorer(hf("GPT2", **GPT2), tokenizer=tokenizer)
+    scorer = load_model(hf("GPT2", **GPT2), tokenizer=tokenizer)
     scorer.separate_head = separate
     compare(scorer)
     assert sum(runs) == len(TEXTS)  # one table of positions for all texts, and Conv1D, are known
-    compare(load_scorer(scorer.module, tokenizer=tokenizer, context_length=9))
+    compare(load_model(scorer.module, tokenizer=tokenizer, context_length=9))
 
 
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_llama(tokenizer, runs, tied, separate):
-    scorer = load_scorer(hf("Llama", tie_word_embeddings=tied, attention_bias=True, **LLAMA), tokenizer=tokenizer)
+    scorer = load_model(hf("Llama", tie_word_embeddings=tied, attention_bias=True, **LLAMA), tokenizer=tokenizer)
     scorer.separate_head = separate
     compare(scorer)
     assert sum(runs) == len(TEXTS)
@@ -439,14 +439,14 @@ def test_llama(tokenizer, runs, tied, separate):
 
 def test_heads_of_their_own(tokenizer, runs):
     """Norms of queries and keys, whose inputs have a dimension more."""
-    compare(load_scorer(hf("Qwen3", head_dim=8, tie_word_embeddings=True, **LLAMA), tokenizer=tokenizer))
+    compare(load_model(hf("Qwen3", head_dim=8, tie_word_embeddings=True, **LLAMA), tokenizer=tokenizer))
     assert sum(runs) == len(TEXTS)
 
 
 def test_softcap_and_shifted_norms(tokenizer):
     """Norms of 1 + w; an embedding that is a class of its own, which goes text by text."""
     model = hf("Gemma2", head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=3.0, sliding_window=64, **LLAMA)
-    scorer = load_scorer(model, tokenizer=tokenizer)
+    scorer = load_model(model, tokenizer=tokenizer)
     assert scorer.separate_head and scorer.head().softcap == 3.0
     compare(scorer)
 
@@ -454,4 +454,4 @@ def test_softcap_and_shifted_norms(tokenizer):
 def test_experts(tokenizer):
     """Some have no token of a text, and parameters of three dimensions."""
     model = hf("Mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None, **LLAMA)
-    compare(load_scorer(model, tokenizer=tokenizer))
+    compare(load_model(model, tokenizer=tokenizer))

@@ -14,10 +14,10 @@ from lldfast.data.tokenizer import load_tokenizer, train_bpe
 from lldfast.errors import CorruptError, InputError
 from lldfast.measure.loglik import LoglikVector, delta
 from lldfast.measure.score import score, token_kl
-from lldfast.models import scoring
+from lldfast.models import batches as model_batches
+from lldfast.models.batches import batches, token_logprobs
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.scorer import Scorer, load_scorer
-from lldfast.models.scoring import batches, token_logprobs
+from lldfast.models.language_model import LanguageModel, load_model
 
 WORDS = ["the", "of", "and", "to", "in", "that", "for", "with", "quiet", "river", "they", "which", "one", "model", "had", "was"]
 
@@ -45,7 +45,7 @@ def scorer(bpe):
     with torch.no_grad():
         for p in gpt.parameters():
             p.mul_(4)
-    return Scorer.from_gpt(gpt, bpe, name="tiny")
+    return LanguageModel.from_gpt(gpt, bpe, name="tiny")
 
 
 def plain(model_logits, tokenizer, texts, bos_id, context=10**9):
@@ -94,7 +94,7 @@ def test_rerun_is_bit_equal(scorer, texts):
 @pytest.mark.parametrize("family", ["GPT2", "Llama", "GPTNeoX", "Gemma2", "Granite", "Phi", "Mamba"])
 def test_hugging_face_models_equal_a_plain_loop(family, bpe, texts):
     model = tiny_hf(family, bpe.vocab_size)
-    got = score(load_scorer(model, tokenizer=bpe), texts, batch_tokens=500)
+    got = score(load_model(model, tokenizer=bpe), texts, batch_tokens=500)
     context = 10**9 if family == "Mamba" else 64
     want = plain(lambda ids: model(input_ids=ids).logits, bpe, texts.texts, bpe.eot, context)
     np.testing.assert_allclose(got.logprob, want, rtol=1e-6, atol=1e-4)
@@ -127,7 +127,7 @@ def tiny_hf(family, vocab):
 
 def test_right_padding_does_not_reach_real_tokens(bpe):
     for family in ("GPT2", "Llama", "Gemma2", "Mamba"):
-        scorer = load_scorer(tiny_hf(family, bpe.vocab_size), tokenizer=bpe)
+        scorer = load_model(tiny_hf(family, bpe.vocab_size), tokenizer=bpe)
         ids = torch.randint(1, bpe.vocab_size, (1, 20), generator=torch.Generator().manual_seed(0))
         padded = torch.cat((ids, torch.randint(bpe.vocab_size, (1, 30))), 1)
         with torch.no_grad():
@@ -136,7 +136,7 @@ def test_right_padding_does_not_reach_real_tokens(bpe):
 
 def test_a_model_without_a_separate_head_gives_the_same(bpe, texts):
     model = tiny_hf("Llama", bpe.vocab_size)
-    whole = load_scorer(model, tokenizer=bpe)
+    whole = load_model(model, tokenizer=bpe)
     want = score(whole, texts)
     whole._head, whole.separate_head, whole.head_note = None, False, "logits (for the test)"
     got = score(whole, texts)
@@ -164,7 +164,7 @@ def test_overlap_gives_more_context(scorer, texts):
 
 def test_a_text_without_tokens_counts_nothing(texts):
     tokenizer = load_tokenizer("bytes")
-    scorer = Scorer.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), tokenizer)
+    scorer = LanguageModel.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), tokenizer)
     one = EvalSet.from_texts(["a", "bc"], ["x", "y"])
     got = score(scorer, one, bos="none")
     assert got.n_tokens.tolist() == [0, 1] and got.logprob[0] == 0.0
@@ -175,7 +175,7 @@ def test_a_text_without_tokens_counts_nothing(texts):
 
 def test_training_mode_and_gradients_are_left_alone(bpe, texts):
     gpt = GPT(GPTConfig(320, bpe.vocab_size, 48, 1, 2, 16, dropout=0.5), seed=0).train()
-    scorer = Scorer.from_gpt(gpt, bpe)
+    scorer = LanguageModel.from_gpt(gpt, bpe)
     assert np.array_equal(score(scorer, texts).logprob, score(scorer, texts).logprob)  # no dropout while scoring
     assert gpt.training and all(p.grad is None for p in gpt.parameters())
     loss = gpt.loss(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
@@ -211,7 +211,7 @@ def test_not_finite_is_an_error_that_names_text_and_domain(bpe, texts):
     with torch.no_grad():
         gpt.wte.weight[rare] = math.nan
     with pytest.raises(InputError, match=r"broken gives text \d+ \(domain [^)]+\) the log-likelihood nan"):
-        score(Scorer.from_gpt(gpt, bpe, name="broken"), texts)
+        score(LanguageModel.from_gpt(gpt, bpe, name="broken"), texts)
 
 
 def test_bf16_layers_stay_close(scorer, texts):
@@ -335,7 +335,7 @@ def test_files_that_are_no_vectors(scorer, texts, tmp_path):
 
 
 def test_true_kl_by_hand(scorer, bpe, texts):
-    other = Scorer.from_gpt(GPT(GPTConfig(320, bpe.vocab_size, 48, 1, 2, 32), seed=9), bpe, name="other")
+    other = LanguageModel.from_gpt(GPT(GPTConfig(320, bpe.vocab_size, 48, 1, 2, 32), seed=9), bpe, name="other")
     nats, evaluated = token_kl(scorer, other, texts, batch_tokens=200)
     assert evaluated is texts
     for i in (0, 5):
@@ -351,8 +351,8 @@ def test_true_kl_by_hand(scorer, bpe, texts):
 
 
 def test_true_kl_works_with_full_logits_and_with_padding(bpe, texts):
-    a = load_scorer(tiny_hf("Llama", 320), tokenizer=bpe)  # 20 ids more than the tokenizer has
-    b = Scorer.from_gpt(GPT(GPTConfig(320, bpe.vocab_size, 64, 1, 2, 32), seed=9), bpe)
+    a = load_model(tiny_hf("Llama", 320), tokenizer=bpe)  # 20 ids more than the tokenizer has
+    b = LanguageModel.from_gpt(GPT(GPTConfig(320, bpe.vocab_size, 64, 1, 2, 32), seed=9), bpe)
     want, _ = token_kl(a, b, texts)
     a._head, a.separate_head = None, False
     got, _ = token_kl(a, b, texts)
@@ -360,7 +360,7 @@ def test_true_kl_works_with_full_logits_and_with_padding(bpe, texts):
 
 
 def test_true_kl_needs_one_tokenizer(scorer, bpe, texts):
-    bytewise = Scorer.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), load_tokenizer("bytes"), name="bytewise")
+    bytewise = LanguageModel.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), load_tokenizer("bytes"), name="bytewise")
     with pytest.raises(InputError, match=r"tiny has bpe-300 and bytewise has bytes"):
         token_kl(scorer, bytewise, texts)
     with pytest.raises(InputError, match="first-token rule"):
@@ -379,10 +379,10 @@ def test_precision_is_of_the_head(scorer, texts, monkeypatch):
 
 
 def test_memory_of_full_logits_is_bounded(scorer, monkeypatch):
-    assert scoring.layer_tokens(scorer, 100) == 100
-    assert scoring.layer_tokens(scorer, 10**9) == scoring.CPU_ACTIVATION_BYTES // (16 * 32)
+    assert model_batches.layer_tokens(scorer, 100) == 100
+    assert model_batches.layer_tokens(scorer, 10**9) == model_batches.CPU_ACTIVATION_BYTES // (16 * 32)
     monkeypatch.setattr(scorer, "separate_head", False)
-    assert scoring.layer_tokens(scorer, 10**9) == scoring.LOGITS_BYTES // (4 * scorer.vocab_size)
+    assert model_batches.layer_tokens(scorer, 10**9) == model_batches.LOGITS_BYTES // (4 * scorer.vocab_size)
 
 
 @pytest.mark.slow
@@ -395,7 +395,7 @@ def test_smollm2_equals_a_plain_transformers_loop(repository):
     if not sample.exists():
         pytest.skip("no sample of the Pile beside the repository")
     (file,) = Path(wheel.__file__).parent.glob("*.gguf")
-    scorer = load_scorer(file)
+    scorer = load_model(file)
     texts = pile_texts(sample, per_domain=2)
     assert len(texts) == 24
     got = score(scorer, texts, batch_tokens=2048)
@@ -422,7 +422,7 @@ def test_vectors_that_were_altered(texts, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    gpt = Scorer.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
+    gpt = LanguageModel.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
     vector = score(gpt, texts)
     vector.save(tmp_path / "v.parquet")
     table, n = pq.read_table(tmp_path / "v.parquet"), len(texts)
@@ -445,6 +445,6 @@ def test_vectors_that_were_altered(texts, tmp_path):
 
 
 def test_texts_of_one_character():
-    scorer = Scorer.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
+    scorer = LanguageModel.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
     vector = score(scorer, EvalSet.from_texts(["x", "é"], ["a", "b"]))
     assert vector.n_tokens.tolist() == [1, 2] and (vector.logprob < 0).all()

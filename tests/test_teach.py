@@ -20,7 +20,7 @@ from lldfast.distill.teach import teach, top_k_
 from lldfast.errors import BusyError, CorruptError, InputError
 from lldfast.files import folder_lock
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.scorer import Head, Scorer, load_scorer
+from lldfast.models.language_model import Head, LanguageModel, load_model
 
 T = 16
 BYTES = load_tokenizer("bytes")
@@ -36,19 +36,19 @@ def corpus(tmp_path_factory, shards) -> TokenShards:
     return TokenShards(folder)
 
 
-def teacher(scale: float = 20.0, seed: int = 0) -> Scorer:
+def teacher(scale: float = 20.0, seed: int = 0) -> LanguageModel:
     """A small GPT whose predictions are sharp enough to differ."""
     model = GPT("test-tiny", seed=seed)
     with torch.no_grad():
         model.ln_f.weight.mul_(scale)
-    return Scorer.from_gpt(model, BYTES, "teacher")
+    return LanguageModel.from_gpt(model, BYTES, "teacher")
 
 
 def quiet(scorer, data, out, **options) -> TeacherCache:
     return TeacherCache(teach(scorer, data, out, **{"block_size": T, "max_windows": 9, "progress": False, **options}))
 
 
-def exact(scorer: Scorer, corpus: TokenShards, domain: str, windows: int, length: int = T) -> torch.Tensor:
+def exact(scorer: LanguageModel, corpus: TokenShards, domain: str, windows: int, length: int = T) -> torch.Tensor:
     """The teacher's log-softmax in fp64, [windows * T, V]: every window by itself."""
     model = copy.deepcopy(scorer.module).double().eval()
     ids = np.asarray(corpus.tokens(domain)[: windows * length], np.int64).reshape(windows, length)
@@ -57,7 +57,7 @@ def exact(scorer: Scorer, corpus: TokenShards, domain: str, windows: int, length
     return torch.cat(rows)
 
 
-def check_against(cache: TeacherCache, scorer: Scorer, corpus: TokenShards, tolerance: float = 1e-5) -> None:
+def check_against(cache: TeacherCache, scorer: LanguageModel, corpus: TokenShards, tolerance: float = 1e-5) -> None:
     for domain, windows in cache.windows.items():
         full = exact(scorer, corpus, domain, windows, cache.block_size)
         ids = torch.from_numpy(cache.part(domain, "ids").astype(np.int64))
@@ -105,7 +105,7 @@ def test_a_sure_teacher_keeps_the_digits_of_the_rest(tmp_path, corpus, separate)
 
 def test_a_head_that_cannot_be_taken_apart(tmp_path, corpus, monkeypatch):
     scorer = teacher()
-    monkeypatch.setattr("lldfast.models.scoring.LOGITS_BYTES", 4 * 257 * 40)  # two windows at once
+    monkeypatch.setattr("lldfast.models.batches.LOGITS_BYTES", 4 * 257 * 40)  # two windows at once
     scorer.separate_head = False
     seen = []
     logits = scorer.logits
@@ -130,7 +130,7 @@ def test_no_logits_of_a_batch_are_alive(tmp_path, corpus, monkeypatch):
 def test_padding_softcap_scale_and_bias(tmp_path, corpus, monkeypatch):
     """The head's options count, and padding rows never do; a vocabulary beyond uint16 gets wider ids."""
     model = GPT(GPTConfig(70_000, 69_000, 64, 1, 2, 8), seed=1)
-    scorer = Scorer.from_gpt(model, BYTES, "wide")
+    scorer = LanguageModel.from_gpt(model, BYTES, "wide")
     rng = torch.Generator().manual_seed(0)
     bias = torch.randn(70_000, generator=rng)
     bias[68_000] = 20.0
@@ -155,7 +155,7 @@ def test_a_hugging_face_teacher(tmp_path, corpus):
         torch.manual_seed(0)
         config = transformers.LlamaConfig(vocab_size=320, max_position_embeddings=64, initializer_range=0.1, **shape)
         model = transformers.LlamaForCausalLM(config).eval()
-    scorer = load_scorer(model, tokenizer=BYTES)
+    scorer = load_model(model, tokenizer=BYTES)
     assert scorer.separate_head
     cache = quiet(scorer, corpus, tmp_path / "out", k=7)
     assert cache.vocab_size == 320  # more ids than the tokenizer has: the teacher's own normalisation is kept
@@ -179,7 +179,7 @@ def test_bfloat16_weights(tmp_path, corpus):
 
 def test_dropout_is_off_and_the_mode_comes_back(tmp_path, corpus):
     model = GPT(GPTConfig(257, 257, 64, 2, 2, 32, dropout=0.5), seed=0).train()
-    scorer = Scorer.from_gpt(model, BYTES)
+    scorer = LanguageModel.from_gpt(model, BYTES)
     cache = quiet(scorer, corpus, tmp_path / "out", k=5, domains=["Prose"])
     assert model.training and all(p.grad is None for p in model.parameters())
     check_against(cache, scorer, corpus)
@@ -308,7 +308,7 @@ def test_wrong_arguments(tmp_path, corpus, options, message):
 
 
 def test_a_model_without_a_tokenizer(tmp_path, corpus):
-    with pytest.raises(InputError, match=r"pass Scorer\.from_gpt"):
+    with pytest.raises(InputError, match=r"pass LanguageModel\.from_gpt"):
         quiet(GPT("test-tiny", seed=0), corpus, tmp_path / "out")
 
 
@@ -375,7 +375,7 @@ def test_tokens_outside_the_vocabulary(tmp_path, corpus, monkeypatch):
     tokens.tofile(tmp_path / "shards" / "Prose.bin")
     with pytest.raises(CorruptError, match=r"Prose\.bin: token id 999 at position 37 of domain 'Prose'"):
         quiet(teacher(), tmp_path, tmp_path / "out", k=5)
-    small = Scorer.from_gpt(GPT("test-tiny", seed=0), BYTES, "small")
+    small = LanguageModel.from_gpt(GPT("test-tiny", seed=0), BYTES, "small")
     small.vocab_size = 100
     with pytest.raises(InputError, match=r"has token \d+ at position \d+, outside the vocabulary of 100 of teacher small"):
         quiet(small, corpus, tmp_path / "other", k=5)

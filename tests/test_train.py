@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from lldfast.data.making.prepare import prepare
 from lldfast.errors import BusyError, InputError, TrainingError
 from lldfast.files import folder_lock, read_json
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 from lldfast.run.config import Config, GramConfig, LogConfig, ModelConfig, TargetConfig, TrainConfig
 from lldfast.run.log import read_jsonl
 from lldfast.train import run
@@ -356,7 +356,7 @@ def test_a_prior_is_aligned_by_name_whatever_the_order_of_the_evaluation_texts(c
     exp = Experiment.open(c)
     controller = make_source(exp, parse_method("iterative")).controller
     assert controller.domains == exp.domains[::-1]
-    weights = controller.step(0, Scorer.from_gpt(exp.new_model(), exp.tokenizer))
+    weights = controller.step(0, LanguageModel.from_gpt(exp.new_model(), exp.tokenizer))
     assert weights == pytest.approx(exp.shards.proportions(), rel=1e-6)
 
 

@@ -21,7 +21,7 @@ from lldfast.distill.teach import teach
 from lldfast.errors import InputError
 from lldfast.files import read_json
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig
-from lldfast.models.scorer import Scorer, load_scorer
+from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.ops.distill.oracle import reference
 from lldfast.run.config import Config, ModelConfig, TargetConfig, TrainConfig
 from lldfast.run.distill import DistillConfig
@@ -176,7 +176,7 @@ def test_a_whole_record_is_the_running_teacher(corpus, target, cache, preset):
     shards, student = TokenShards(corpus), GPT("test-tiny", seed=3)
     rows = rows_of(shards, [0, 3 * BLOCK, BLOCK], [0, 0, 1])
     found = []
-    for teacher in (load_scorer(str(target), device="cpu"), TeacherCache(cache)):
+    for teacher in (load_model(str(target), device="cpu"), TeacherCache(cache)):
         objective = Distillation(options("distill+ce", preset=preset), teacher, domains=shards.domains)
         loss, tokens = objective(0, student(rows.x), student.head_weight, 257, rows)
         student.zero_grad()
@@ -234,7 +234,7 @@ def test_a_hugging_face_teacher_with_a_padded_head(corpus, tmp_path):
     model = transformers.LlamaForCausalLM(shape)
     with torch.no_grad():
         model.lm_head.weight[257:] = 50.0
-    teacher = load_scorer(model.to(torch.bfloat16), tokenizer="bytes")
+    teacher = load_model(model.to(torch.bfloat16), tokenizer="bytes")
     shards, student = TokenShards(corpus), GPT("test-tiny", seed=3)
     rows = rows_of(shards, [0, BLOCK], [0, 1])
     objective = Distillation(options("distill"), teacher, domains=shards.domains)
@@ -248,7 +248,7 @@ def test_a_hugging_face_teacher_with_a_padded_head(corpus, tmp_path):
 def test_a_teacher_whose_head_cannot_be_taken_apart(corpus, target):
     shards, student = TokenShards(corpus), GPT("test-tiny", seed=3)
     rows = rows_of(shards, [0, BLOCK], [0, 1])
-    whole = load_scorer(str(target), device="cpu")
+    whole = load_model(str(target), device="cpu")
     values = []
     for apart in (True, False):
         teacher = whole if apart else _logits_only(whole)
@@ -257,7 +257,7 @@ def test_a_teacher_whose_head_cannot_be_taken_apart(corpus, target):
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
-def _logits_only(scorer: Scorer) -> Scorer:
+def _logits_only(scorer: LanguageModel) -> LanguageModel:
     import copy
 
     other = copy.copy(scorer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lldfast.cli.options import add_bos, add_device, add_eval_data, add_fields, add_model, evalset_of, scorer_of, values_of
+from lldfast.cli.options import add_bos, add_device, add_eval_data, add_fields, add_model, evalset_of, model_of, values_of
 from lldfast.gram.options import GramOptions
 from lldfast.terminal import aligned
 
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     evalset = evalset_of(options)
     part = options.part or ("estimate" if "estimate" in evalset.part else "all")
     evalset = evalset if part == "all" else evalset.select(part)
-    scorer = scorer_of(options)
+    scorer = model_of(options)
     shift = None
     if options.target is not None:
         target = LoglikVector.load(options.target)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from lldfast.data.evalset import EvalSet
-    from lldfast.models.scorer import Scorer
+    from lldfast.models.language_model import LanguageModel
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -125,17 +125,17 @@ def device_of(options: argparse.Namespace) -> torch.device:
     return device
 
 
-def scorer_of(options: argparse.Namespace) -> Scorer:
+def model_of(options: argparse.Namespace) -> LanguageModel:
     """The model of `add_model`, loaded as `add_device` and `add_bos` say.
 
     Raises:
         InputError: no such model, or the device cannot be used here.
     """
-    from lldfast.models.scorer import load_scorer
+    from lldfast.models.language_model import load_model
     from lldfast.run.place import resolve_location
 
     model = resolve_location(options.model)
-    return load_scorer(model, device=device_of(options), dtype=options.dtype, bos=options.bos)
+    return load_model(model, device=device_of(options), dtype=options.dtype, bos=options.bos)
 
 
 def evalset_of(options: argparse.Namespace) -> EvalSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lldfast.cli.options import add_batch_tokens, add_bos, add_device, add_eval_data, add_model, evalset_of, scorer_of
+from lldfast.cli.options import add_batch_tokens, add_bos, add_device, add_eval_data, add_model, evalset_of, model_of
 from lldfast.terminal import aligned
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
 
     check_writable(options.out)
     evalset = evalset_of(options)
-    vector = score(scorer_of(options), evalset, batch_tokens=options.batch_tokens, progress=True)
+    vector = score(model_of(options), evalset, batch_tokens=options.batch_tokens, progress=True)
     vector.save(options.out)
     rows = [(name, f"{value:.4f} nats/token") for name, value in vector.by_domain().items()]
     print("\n".join(aligned(rows, least=(24, 20))))

@@ -41,7 +41,7 @@ from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
 from lldfast.models.decode import choose, decoder_of, draw_levels
-from lldfast.models.scorer import UNLIMITED, Scorer, load_scorer
+from lldfast.models.language_model import UNLIMITED, LanguageModel, load_model
 from lldfast.ops.sketch.philox import check_seed
 from lldfast.terminal import progress_bar
 
@@ -62,7 +62,7 @@ class Sampling(NamedTuple):
 
 
 def generate(
-    model_or_scorer: Any,
+    model: Any,
     data: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -82,8 +82,8 @@ def generate(
     """Make the data folder `out` of text that the model writes, or return it at once when it is there, made the same way.
 
     Args:
-        model_or_scorer: a Scorer, used where and as it is, or what `load_scorer` takes, loaded with `device` (auto by default)
-            and `dtype`.
+        model: a LanguageModel, used where and as it is, or what `load_model` takes, loaded with `device` (auto by default) and
+            `dtype`.
         data: a prepared folder; its shards give the prompts, its evaluation corpus is copied.
         tokens: least tokens of each domain, or {domain: tokens}; prompts and end-of-text tokens count.
         prompt_tokens: tokens of a document that are taken from the shards.
@@ -110,8 +110,8 @@ def generate(
     _check_arguments(prompt_tokens, temperature, top_k, top_p, seed)
     source, evalset = _source(shards)
     evalset = evalset.select(domains=list(wanted))
-    given = isinstance(model_or_scorer, Scorer)
-    scorer = model_or_scorer if given else load_scorer(model_or_scorer, device=device, dtype=dtype)
+    given = isinstance(model, LanguageModel)
+    scorer = model if given else load_model(model, device=device, dtype=dtype)
     shards.check_tokenizer(scorer.tokenizer.describe(), f"model {scorer.name}")
     length = _length(length, prompt_tokens, scorer)
     first, vocab = _first_token(scorer), min(scorer.vocab_size, shards.vocab_size)
@@ -189,7 +189,7 @@ def _check_arguments(prompt_tokens: Any, temperature: Any, top_k: Any, top_p: An
     check_seed(seed)
 
 
-def _length(length: Any, prompt_tokens: int, scorer: Scorer) -> int:
+def _length(length: Any, prompt_tokens: int, scorer: LanguageModel) -> int:
     """Most tokens of a document. With a first token before it its last token is no input, so that it fits the context."""
     if length is None:
         if scorer.context_length >= UNLIMITED:
@@ -204,7 +204,7 @@ def _length(length: Any, prompt_tokens: int, scorer: Scorer) -> int:
     return length
 
 
-def _first_token(scorer: Scorer) -> int | None:
+def _first_token(scorer: LanguageModel) -> int | None:
     if scorer.bos == "native":
         return scorer.tokenizer.bos if scorer.tokenizer.adds_bos else None
     return scorer.bos_id
@@ -231,7 +231,7 @@ def _check_same(folder: Path, record: Any, config: Mapping[str, Any]) -> None:
 
 
 def _generated(
-    scorer: Scorer,
+    scorer: LanguageModel,
     shards: TokenShards,
     work: Path,
     config: Mapping[str, Any],
@@ -264,7 +264,7 @@ def _generated(
 
 
 def _write_domain(
-    scorer: Scorer,
+    scorer: LanguageModel,
     prompts: Prompts,
     writer: ShardWriter,
     tokenizer: Tokenizer,
@@ -304,7 +304,7 @@ def _write_domain(
     return {**counts, "prompts": prompts.n, "prompts_repeated": repeated}
 
 
-def _documents(scorer: Scorer, prompts: Prompts, indices: range, domain: str) -> Iterator[tuple[np.ndarray, bool]]:
+def _documents(scorer: LanguageModel, prompts: Prompts, indices: range, domain: str) -> Iterator[tuple[np.ndarray, bool]]:
     """The documents of these indices, in order: tokens with end-of-text, and whether the model wrote that itself."""
     s, eot, device = prompts.sampling, prompts.eot, scorer.device
     text = np.full((len(indices), s.length), eot, np.int64)

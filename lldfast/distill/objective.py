@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lldfast.distill.cache import TeacherCache
 from lldfast.errors import InputError
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 from lldfast.ops.distill.loss import DistillTokens, distill_loss, distill_loss_from_logits, distill_loss_topk
 from lldfast.ops.distill.options import DistillOptions
 from lldfast.ops.linear_logprob import linear_cross_entropy
@@ -43,11 +43,13 @@ class Distillation:
 
     Args:
         options: the loss at a step of the run.
-        teacher: a Scorer that runs, or a TeacherCache.
+        teacher: a LanguageModel that runs, or a TeacherCache.
         domains: names that the rows' domain numbers stand for.
     """
 
-    def __init__(self, options: Callable[[int], DistillOptions], teacher: Scorer | TeacherCache, *, domains: list[str]) -> None:
+    def __init__(
+        self, options: Callable[[int], DistillOptions], teacher: LanguageModel | TeacherCache, *, domains: list[str]
+    ) -> None:
         self.options, self.teacher, self.domains = options, teacher, domains
         self._head: dict[str, Any] = {}
 
@@ -62,7 +64,7 @@ class Distillation:
         return loss, tokens.divergence + chosen.ce_weight * tokens.ce
 
     def _running(
-        self, teacher: Scorer, hidden: Tensor, weight: Tensor, rows: Rows, options: dict[str, Any]
+        self, teacher: LanguageModel, hidden: Tensor, weight: Tensor, rows: Rows, options: dict[str, Any]
     ) -> tuple[Tensor, DistillTokens]:
         ids = rows.x.to(teacher.device)
         own_dtype = torch.autocast(teacher.device.type, enabled=False)  # distill.dtype, whatever the student computes in
@@ -83,12 +85,12 @@ class Distillation:
         return distill_loss(hidden, weight, theirs, labels=rows.y, **self._head, **options)
 
 
-def teacher_identity(teacher: Scorer | TeacherCache) -> dict[str, Any]:
+def teacher_identity(teacher: LanguageModel | TeacherCache) -> dict[str, Any]:
     """Who teaches, for provenance; a cache recorded it."""
     return teacher.teacher if isinstance(teacher, TeacherCache) else teacher.identity
 
 
-def fingerprint(teacher: Scorer | TeacherCache | None) -> str | None:
+def fingerprint(teacher: LanguageModel | TeacherCache | None) -> str | None:
     """What a checkpoint keeps of its teacher: the hash of the weights, and how much of it was recorded."""
     if teacher is None:
         return None

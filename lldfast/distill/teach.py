@@ -20,9 +20,9 @@ from lldfast.data.shards import TokenShards, bad_token_error
 from lldfast.distill.cache import CACHE, PROGRESS, CacheSpec, CacheWriter, TeacherCache, as_json, part_file
 from lldfast.errors import InputError
 from lldfast.files import folder_lock
+from lldfast.models.batches import evaluating, layer_tokens
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Scorer, load_scorer
-from lldfast.models.scoring import evaluating, layer_tokens
+from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.ops.chunks import NEG_INF, accumulate_dtype, row_chunks
 from lldfast.ops.head import LEAST_ROWS, HeadProduct
 from lldfast.terminal import progress_bar
@@ -45,7 +45,7 @@ def teach(
     """Make the teacher cache `out`, or return it at once when it is there already; an interrupted one is gone on with.
 
     Args:
-        model: the teacher: a Scorer, or what `load_scorer` takes (a GPT in memory: `Scorer.from_gpt(gpt, tokenizer)`).
+        model: the teacher: a LanguageModel, or what `load_model` takes (a GPT in memory: `load_model(gpt, tokenizer=...)`).
         data: the token shards, or the folder of `lldfast prepare`.
         k: ids kept per position; up to the teacher's vocabulary.
         block_size: tokens per window, as in the training that will use the cache.
@@ -125,15 +125,15 @@ def _windows(shards: TokenShards, block_size: int, domains: Iterable[str] | None
     return found
 
 
-def _teacher(model: Any, device: str | torch.device | None, dtype: str) -> Scorer:
+def _teacher(model: Any, device: str | torch.device | None, dtype: str) -> LanguageModel:
     if isinstance(model, GPT):
-        raise InputError("a GPT in memory has no tokenizer: pass Scorer.from_gpt(gpt, tokenizer)")
-    if not isinstance(model, Scorer):
-        return load_scorer(model, device=device, dtype=dtype)
+        raise InputError("a GPT in memory has no tokenizer: pass LanguageModel.from_gpt(gpt, tokenizer)")
+    if not isinstance(model, LanguageModel):
+        return load_model(model, device=device, dtype=dtype)
     return model if device is None else model.to(device)
 
 
-def _check_teacher(scorer: Scorer, shards: TokenShards, k: int, block_size: int) -> None:
+def _check_teacher(scorer: LanguageModel, shards: TokenShards, k: int, block_size: int) -> None:
     shards.check_tokenizer({"name": scorer.tokenizer.name, "hash": scorer.tokenizer.hash}, f"teacher {scorer.name}")
     if block_size > scorer.context_length:
         raise InputError(
@@ -143,7 +143,7 @@ def _check_teacher(scorer: Scorer, shards: TokenShards, k: int, block_size: int)
         raise InputError(f"k {k} is more than the {scorer.vocab_size} ids of teacher {scorer.name}")
 
 
-def _write(scorer: Scorer, shards: TokenShards, writer: CacheWriter, batch_tokens: int, progress: bool) -> None:
+def _write(scorer: LanguageModel, shards: TokenShards, writer: CacheWriter, batch_tokens: int, progress: bool) -> None:
     """Fill the writer from where it stands."""
     spec, length = writer.spec, writer.spec.block_size
     at_once = max(1, batch_tokens // length)
@@ -167,7 +167,7 @@ def _write(scorer: Scorer, shards: TokenShards, writer: CacheWriter, batch_token
 class _Teacher:
     """Windows of tokens -> top-k ids, log p and the log mass of the rest; keeps the head and its buffer between the calls."""
 
-    def __init__(self, scorer: Scorer, k: int, layer_windows: int) -> None:
+    def __init__(self, scorer: LanguageModel, k: int, layer_windows: int) -> None:
         self.scorer, self.k, self.layer_windows = scorer, k, layer_windows
         self._head: HeadProduct | None = None
 
@@ -175,7 +175,7 @@ class _Teacher:
         """windows [n, T] -> ids [n, T, k], logprob [n, T, k], rest [n, T]."""
         parts = [part.to(self.scorer.device) for part in windows.split(self.layer_windows)]
         if self.scorer.separate_head:
-            # The layers and the head want different batches (models/scoring.py).
+            # The layers and the head want different batches (models/batches.py).
             rows = self._of_hidden(torch.cat([self.scorer.hidden(part) for part in parts]).flatten(0, 1))
         else:
             rows = [row for part in parts for row in self._of_logits(self.scorer.logits(part).flatten(0, 1))]
@@ -213,7 +213,7 @@ def top_k_(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids.int(), (values - top - log_sum).float(), rest[:, 0].float()
 
 
-def _check_ids(ids: np.ndarray, start: int, domain: str, shards: TokenShards, scorer: Scorer) -> None:
+def _check_ids(ids: np.ndarray, start: int, domain: str, shards: TokenShards, scorer: LanguageModel) -> None:
     worst = int(ids.argmax())
     if ids[worst] >= shards.vocab_size:
         raise bad_token_error(shards.shard_file(domain), domain, start + worst, int(ids[worst]), shards.vocab_size)
@@ -224,7 +224,7 @@ def _check_ids(ids: np.ndarray, start: int, domain: str, shards: TokenShards, sc
         )
 
 
-def _check_finite(logprob: np.ndarray, first: int, domain: str, scorer: Scorer, k: int) -> None:
+def _check_finite(logprob: np.ndarray, first: int, domain: str, scorer: LanguageModel, k: int) -> None:
     """logprob [n, T, k] of the windows from `first` on; a cache holds finite numbers only."""
     bad = ~np.isfinite(logprob)
     if not bad.any():

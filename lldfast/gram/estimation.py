@@ -25,9 +25,9 @@ from lldfast.gram.result import GramEstimate
 from lldfast.gram.ridge import auto_ridge
 from lldfast.gram.rows import BYTES, GradientRows
 from lldfast.gram.sketch_error import effective_size, relative_error, rounding_error, size_for
+from lldfast.models.batches import batches, evaluating, token_logprobs
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Scorer, Segment, load_scorer
-from lldfast.models.scoring import batches, evaluating, token_logprobs
+from lldfast.models.language_model import LanguageModel, Segment, load_model
 from lldfast.ops.sketch.philox import check_seed
 from lldfast.weights.equations import check_tau
 from lldfast.weights.simplex import align
@@ -53,7 +53,7 @@ class Storage(NamedTuple):
 
 @torch.inference_mode(False)  # whatever mode the caller is in: tensors made in that one cannot take part in a backward pass
 def estimate(
-    model: Scorer | str | os.PathLike[str],
+    model: LanguageModel | str | os.PathLike[str],
     evalset: EvalSet | str | os.PathLike[str],
     *,
     mode: Mode = "auto",
@@ -72,7 +72,7 @@ def estimate(
     """Estimate G = J J^T, eq. (4), on the texts of `evalset`: one forward and backward pass over them.
 
     Args:
-        model: a Scorer over the model whose parameters are differentiated, or what `load_scorer` takes. Frozen parameters
+        model: a LanguageModel over the model whose parameters are differentiated, or what `load_model` takes. Frozen parameters
             are left out; a tied parameter counts once; one that a domain does not touch counts as zero.
         evalset: an EvalSet or the path of its Parquet file.
         mode: what is kept of the rows of J. "exact": K P numbers in fp32; "sharded": each process of torch.distributed keeps
@@ -96,7 +96,7 @@ def estimate(
         InputError: an argument that makes no sense, no texts, nothing to train, or more is asked for than `budget_bytes`.
         TrainingError: a gradient is not finite; domain and text named.
     """
-    model = model if isinstance(model, Scorer) else _load(model)
+    model = model if isinstance(model, LanguageModel) else _load(model)
     evalset = evalset if isinstance(evalset, EvalSet) else EvalSet.load(evalset)
     _check(mode, k, groups, batch_tokens, tau, target_kl, ridge, budget_bytes)
     check_seed(seed)
@@ -247,7 +247,13 @@ class _Work:
     """The texts of every group through the model."""
 
     def __init__(
-        self, model: Scorer, evalset: EvalSet, segments: list[Segment], split: dict[str, list[Ints]], tokens: Ints, batch: int
+        self,
+        model: LanguageModel,
+        evalset: EvalSet,
+        segments: list[Segment],
+        split: dict[str, list[Ints]],
+        tokens: Ints,
+        batch: int,
     ) -> None:
         self.model, self.evalset, self.segments = model, evalset, segments
         self.split, self.tokens, self.batch = split, tokens, batch
@@ -329,13 +335,13 @@ def _check(
         raise InputError(f"ridge must be a number >= 0, 'auto' or None, got {ridge!r}")
 
 
-def _load(model: Any) -> Scorer:
+def _load(model: Any) -> LanguageModel:
     if isinstance(model, GPT):
-        raise InputError("gram.estimate was given a bare model: wrap it once, by load_scorer(model, tokenizer=...)")
-    return load_scorer(model)
+        raise InputError("gram.estimate was given a bare model: wrap it once, by load_model(model, tokenizer=...)")
+    return load_model(model)
 
 
-def _layout(model: Scorer) -> Layout:
+def _layout(model: LanguageModel) -> Layout:
     try:
         return Layout.of(model.module)
     except InputError as error:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lldfast.errors import InputError
+from lldfast.models.batches import IGNORE, SegmentBatch, token_logprobs
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Head, Scorer
-from lldfast.models.scoring import IGNORE, Batch, token_logprobs
+from lldfast.models.language_model import Head, LanguageModel
 from lldfast.ops.chunks import transform_
 from lldfast.ops.linear_logprob import linear_logprob
 from lldfast.ops.sketch.fold import fold
@@ -58,7 +58,7 @@ class NotSeparable(Exception):
 class Setting:
     """What all batches share: a model, its trainable parameters, and the sketch."""
 
-    def __init__(self, scorer: Scorer, slots: dict[int, Slot], k: int, seed: int, backend: str) -> None:
+    def __init__(self, scorer: LanguageModel, slots: dict[int, Slot], k: int, seed: int, backend: str) -> None:
         self.scorer, self.slots, self.k, self.seed, self.backend = scorer, slots, k, seed, backend
         gpt = scorer.module if isinstance(scorer.module, GPT) else None
         # GPT adds its positions to what the token embedding gives, without calling their module
@@ -104,7 +104,7 @@ class Call:
 class BatchRun:
     """One batch on its way: n texts, each in `windows` rows of the batch."""
 
-    def __init__(self, setting: Setting, batch: Batch, n: int, projections: int) -> None:
+    def __init__(self, setting: Setting, batch: SegmentBatch, n: int, projections: int) -> None:
         self.setting, self.batch, self.n = setting, batch, n
         self.rows, self.time = batch.ids.shape
         self.windows = self.rows // n

@@ -15,8 +15,8 @@ from lldfast.data.evalset import EvalSet
 from lldfast.errors import InputError
 from lldfast.gram.result import GramEstimate
 from lldfast.measure.score import score
-from lldfast.models.scorer import Scorer
-from lldfast.models.scoring import batches, evaluating, token_logprobs
+from lldfast.models.batches import batches, evaluating, token_logprobs
+from lldfast.models.language_model import LanguageModel
 from lldfast.weights.simplex import Values, simplex
 
 Array = NDArray[np.float64]
@@ -49,7 +49,7 @@ class Fidelity:
 
 
 def fidelity(
-    model: Scorer,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     gram: GramEstimate,
     evalset: EvalSet | None = None,
@@ -158,13 +158,13 @@ def _cosine(a: Array, b: Array) -> Array:
         return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
 
 
-def _by_domain(model: Scorer, evalset: EvalSet, domains: list[str]) -> Array:
+def _by_domain(model: LanguageModel, evalset: EvalSet, domains: list[str]) -> Array:
     found = score(model, evalset).by_domain()
     return np.array([found[name] for name in domains])
 
 
 def _loss_gradient(
-    model: Scorer, evalset: EvalSet, weights: Mapping[str, float], parameters: list[torch.nn.Parameter], batch_tokens: int
+    model: LanguageModel, evalset: EvalSet, weights: Mapping[str, float], parameters: list[torch.nn.Parameter], batch_tokens: int
 ) -> None:
     """Leave the gradient of `-sum_k w_k l_k` in .grad."""
     for p in parameters:

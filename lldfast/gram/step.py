@@ -14,7 +14,7 @@ from lldfast.gram.estimation import estimate
 from lldfast.gram.options import GramOptions
 from lldfast.gram.sketch_error import simulated_errors
 from lldfast.measure.divergence import finite
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 from lldfast.weights.rules import Rule, StepGram
 from lldfast.weights.simplex import Array
 
@@ -41,7 +41,7 @@ class StepEstimate(NamedTuple):
 
 
 def estimate_step(
-    scorer: Scorer,
+    scorer: LanguageModel,
     evalset: EvalSet,
     rule: Rule,
     delta: Array,

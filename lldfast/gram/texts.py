@@ -32,8 +32,8 @@ from lldfast.data.evalset import EvalSet
 from lldfast.errors import InputError, TrainingError
 from lldfast.gram.collector import Layout
 from lldfast.gram.hooks import BatchRun, NotSeparable, Setting, Slot
-from lldfast.models.scorer import Scorer, Segment
-from lldfast.models.scoring import IGNORE, Batch, evaluating, layer_tokens, token_logprobs
+from lldfast.models.batches import IGNORE, SegmentBatch, evaluating, layer_tokens, token_logprobs
+from lldfast.models.language_model import LanguageModel, Segment
 from lldfast.ops.sketch.fold import check_k, fold
 from lldfast.ops.sketch.philox import check_seed
 
@@ -65,7 +65,7 @@ class PerTextSketches:
 
 
 def per_text(
-    model: Scorer,
+    model: LanguageModel,
     evalset: EvalSet,
     *,
     k: int,
@@ -77,7 +77,7 @@ def per_text(
     """Sketch the log-likelihood gradient of every text of `evalset`.
 
     Args:
-        model: a Scorer; frozen parameters are left out, tied ones count once.
+        model: a LanguageModel; frozen parameters are left out, tied ones count once.
         k: buckets of a sketch, a power of two.
         seed: of the sketch, in [0, 2^64); sketches are comparable if k, seed and the parameters are the same.
         batch_tokens: tokens of a batch with padding. The windows of one text stay together, however long it is.
@@ -133,7 +133,7 @@ def _batches(
         yield which, [texts[text] for text in which]
 
 
-def _batch(windows: Sequence[Sequence[Segment]], device: torch.device) -> Batch:
+def _batch(windows: Sequence[Sequence[Segment]], device: torch.device) -> SegmentBatch:
     """ids and labels [texts * windows of each, T]."""
     rows = [segment for of_text in windows for segment in of_text]
     time = max(len(segment) for segment in rows)
@@ -141,13 +141,13 @@ def _batch(windows: Sequence[Sequence[Segment]], device: torch.device) -> Batch:
     for row, s in enumerate(rows):
         ids[row, : len(s)] = s.ids[:-1]
         labels[row, s.first : len(s)] = s.ids[1 + s.first :]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), np.arange(len(rows))).to(device)
+    return SegmentBatch(torch.from_numpy(ids), torch.from_numpy(labels), np.arange(len(rows))).to(device)
 
 
 class _Engine:
     """A model, batch by batch."""
 
-    def __init__(self, scorer: Scorer, k: int, seed: int, scale: Mapping[str, Tensor] | None, backend: str) -> None:
+    def __init__(self, scorer: LanguageModel, k: int, seed: int, scale: Mapping[str, Tensor] | None, backend: str) -> None:
         layout, scale = Layout.of(scorer.module), scale or {}
         parameters = dict(scorer.module.named_parameters())
         unknown = set(scale) - set(layout.names)
@@ -195,7 +195,7 @@ class _Engine:
     def check(self, run: BatchRun) -> None:
         """The last text of a batch against autograd on this text alone, parameter by parameter."""
         rows = slice(len(run.batch.ids) - run.windows, None)
-        alone = Batch(run.batch.ids[rows], run.batch.labels[rows], run.batch.segment[rows])
+        alone = SegmentBatch(run.batch.ids[rows], run.batch.labels[rows], run.batch.segment[rows])
         with torch.enable_grad():
             total = token_logprobs(self.scorer, alone).sum()
             grads = torch.autograd.grad(total, self.parameters, allow_unused=True)

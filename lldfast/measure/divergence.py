@@ -104,7 +104,7 @@ def true_kl(
     eq. (2) approximates, but defined only when both models share a tokenizer.
 
     Args:
-        target, base: whatever `score` accepts (Scorer, checkpoint folder, model id).
+        target, base: whatever `score` accepts (LanguageModel, checkpoint folder, model id).
         evalset: EvalSet or its path.
         by_domain: return {domain: bits per byte} instead of the corpus value.
 

@@ -18,15 +18,15 @@ from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.errors import InputError
 from lldfast.measure.loglik import Floats, LoglikVector
+from lldfast.models.batches import IGNORE, SegmentBatch, batches, evaluating, layer_tokens, segment_sums
 from lldfast.models.gpt import GPT
-from lldfast.models.scorer import Scorer, load_scorer
-from lldfast.models.scoring import IGNORE, Batch, batches, evaluating, layer_tokens, segment_sums
+from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.ops.chunks import row_chunks
 from lldfast.terminal import progress_bar
 
 
 def score(
-    model: Scorer | str | os.PathLike[str],
+    model: LanguageModel | str | os.PathLike[str],
     evalset: EvalSet | str | os.PathLike[str],
     *,
     batch_tokens: int = 16_384,
@@ -41,11 +41,11 @@ def score(
     """Log-likelihood of every text of `evalset` under `model`, in the order of `evalset`.
 
     Args:
-        model: a Scorer, or what `load_scorer` takes (a GPT in memory: `Scorer.from_gpt(gpt, tokenizer)`).
+        model: a LanguageModel, or what `load_model` takes (a GPT in memory: `LanguageModel.from_gpt(gpt, tokenizer)`).
         evalset: an EvalSet or the path of its Parquet file.
         batch_tokens: most tokens of a batch, padding included (a CPU takes fewer where that is faster); changes speed and
             memory, not results.
-        bos: "auto", "native" or "none" (see models/scorer.py); for a Scorer, "auto" keeps its own rule.
+        bos: "auto", "native" or "none" (see models/language_model.py); for a LanguageModel, "auto" keeps its own rule.
         device: "auto" (cuda where there is one, else the CPU) or one by name, to which the model is moved first. Default: where
             it is; a path is loaded on auto.
         amp_dtype: "bfloat16" or "float16": run the layers (not the log-softmax) under autocast.
@@ -56,7 +56,7 @@ def score(
     Raises:
         InputError: an argument is wrong, or a text has no finite log-likelihood (text, domain and model named).
     """
-    scorer = _as_scorer(model, bos, device)
+    scorer = _as_model(model, bos, device)
     evalset = evalset if isinstance(evalset, EvalSet) else EvalSet.load(evalset)
     if len(evalset) == 0:
         raise InputError("there are no evaluation texts to score")
@@ -88,7 +88,11 @@ def score(
 
 
 def token_kl(
-    target: Scorer | str, base: Scorer | str, evalset: EvalSet | str | os.PathLike[str], *, batch_tokens: int = 16_384
+    target: LanguageModel | str,
+    base: LanguageModel | str,
+    evalset: EvalSet | str | os.PathLike[str],
+    *,
+    batch_tokens: int = 16_384,
 ) -> tuple[Floats, EvalSet]:
     """True KL(target || base) over next tokens, summed over each text's positions: (nats [N], the evaluation set).
 
@@ -98,7 +102,7 @@ def token_kl(
     Raises:
         InputError: the tokenizers or first-token rules differ, or a head is smaller than the vocabulary.
     """
-    a, b = _as_scorer(target, "auto", None), _as_scorer(base, "auto", None)
+    a, b = _as_model(target, "auto", None), _as_model(base, "auto", None)
     evalset = evalset if isinstance(evalset, EvalSet) else EvalSet.load(evalset)
     if a.tokenizer.hash != b.tokenizer.hash:
         raise InputError(f"true KL needs one tokenizer, but {a.name} has {a.tokenizer.name} and {b.name} has {b.tokenizer.name}")
@@ -117,7 +121,7 @@ def token_kl(
     return nats, evalset
 
 
-def _batch_kl(a: Scorer, b: Scorer, batch: Batch, vocab: int) -> Tensor:
+def _batch_kl(a: LanguageModel, b: LanguageModel, batch: SegmentBatch, vocab: int) -> Tensor:
     """KL(a || b) in nats per position, fp64 [B, T] on the CPU, 0 where ignored; in row chunks, so no [T, V] tensor."""
     states = [s.hidden(batch.ids.to(s.device)) if s.separate_head else s.logits(batch.ids.to(s.device)) for s in (a, b)]
     rows = (batch.labels.flatten() != IGNORE).nonzero()[:, 0]
@@ -136,11 +140,11 @@ def _batch_kl(a: Scorer, b: Scorer, batch: Batch, vocab: int) -> Tensor:
     return out.view(batch.labels.shape)
 
 
-def _as_scorer(model: Any, bos: str, device: str | torch.device | None) -> Scorer:
+def _as_model(model: Any, bos: str, device: str | torch.device | None) -> LanguageModel:
     if isinstance(model, GPT):
-        raise InputError("a GPT in memory has no tokenizer: pass Scorer.from_gpt(gpt, tokenizer)")
-    if not isinstance(model, Scorer):
-        return load_scorer(model, bos=bos, device=device)
+        raise InputError("a GPT in memory has no tokenizer: pass LanguageModel.from_gpt(gpt, tokenizer)")
+    if not isinstance(model, LanguageModel):
+        return load_model(model, bos=bos, device=device)
     if device is not None:
         model.to(device)
     return model if bos in ("auto", model.bos) else model.with_bos(bos)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lldfast.errors import InputError
 from lldfast.models.gpt import GPT, Block
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 
 
 class GPTDecoder:
@@ -124,7 +124,7 @@ class HFDecoder:
         return True
 
 
-def decoder_of(scorer: Scorer, batch: int, length: int, vocab: int | None = None) -> GPTDecoder | HFDecoder:
+def decoder_of(scorer: LanguageModel, batch: int, length: int, vocab: int | None = None) -> GPTDecoder | HFDecoder:
     """A decoder for a batch of sequences of at most `length` tokens, whose logits end before id `vocab`."""
     if isinstance(scorer.module, GPT):
         return GPTDecoder(scorer.module, batch, length, vocab)

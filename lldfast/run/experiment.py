@@ -23,7 +23,7 @@ from lldfast.errors import InputError
 from lldfast.measure.loglik import LoglikVector
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig, read_gpt_json
-from lldfast.models.scorer import Scorer, load_scorer
+from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.run.config import Config
 from lldfast.run.folder import RunFolder
 from lldfast.run.place import Place, resolve_location
@@ -51,10 +51,10 @@ class Experiment:
     tokenizer: Tokenizer
     base_identity: dict[str, Any]
     target: LoglikVector | None = None
-    target_scorer: Scorer | None = None
+    target_scorer: LanguageModel | None = None
     target_identity: dict[str, Any] | None = None
     ground_truth: dict[str, float] | None = None
-    _teacher: Scorer | TeacherCache | None = None
+    _teacher: LanguageModel | TeacherCache | None = None
 
     @classmethod
     def open(cls, config: Config) -> Experiment:
@@ -81,7 +81,7 @@ class Experiment:
 
     def _score_target(self, model: str) -> None:
         t = self.config.target
-        scorer = load_scorer(resolve_location(model), device=str(self.place.device), dtype=t.dtype, bos=t.bos)
+        scorer = load_model(resolve_location(model), device=str(self.place.device), dtype=t.dtype, bos=t.bos)
         identity = dict(scorer.identity)
         if t.licence:
             identity["licence"] = t.licence
@@ -137,7 +137,7 @@ class Experiment:
         assert self.target is not None
         return self.evalset.select("estimate"), self.target.select("estimate")
 
-    def teacher(self) -> Scorer | TeacherCache:
+    def teacher(self) -> LanguageModel | TeacherCache:
         """The teacher of the distilled methods, opened once: the target unless the configuration names another.
 
         Raises:
@@ -148,7 +148,7 @@ class Experiment:
             self._teacher = self._open_teacher()  # kept once it has been checked, never before
         return self._teacher
 
-    def _open_teacher(self) -> Scorer | TeacherCache:
+    def _open_teacher(self) -> LanguageModel | TeacherCache:
         d, block_size = self.config.distill, self.model_config().block_size
         if d.cache:
             cache = TeacherCache(resolve_location(d.cache))
@@ -159,7 +159,7 @@ class Experiment:
         device = self.place.device if d.device is None else pick_device(d.device, "distill.device")
         scorer = self.target_scorer
         if scorer is None or d.teacher or device != self.place.device or d.dtype != self.config.target.dtype:
-            scorer = load_scorer(resolve_location(spec), device=device, dtype=d.dtype)
+            scorer = load_model(resolve_location(spec), device=device, dtype=d.dtype)
         self.shards.check_tokenizer(scorer.tokenizer.describe(), f"teacher {scorer.name}")
         if scorer.context_length < block_size:
             raise InputError(
@@ -219,7 +219,7 @@ def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:
     return shards, evalset, shards.load_tokenizer()
 
 
-def score_target(folder: RunFolder, scorer: Scorer, evalset: EvalSet, config: Config) -> LoglikVector:
+def score_target(folder: RunFolder, scorer: LanguageModel, evalset: EvalSet, config: Config) -> LoglikVector:
     """l(target) on the whole evaluation corpus, from the folder when the same model scored the same texts there."""
     path = folder.target
     if path.exists():

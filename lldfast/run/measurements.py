@@ -8,7 +8,7 @@ import numpy as np
 
 from lldfast.measure.divergence import finite, kl, nll_gap, true_kl, weight_kl
 from lldfast.measure.score import score
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 from lldfast.run.experiment import Experiment
 from lldfast.run.folder import MethodFolder
 from lldfast.schedule import estimation_steps
@@ -24,7 +24,9 @@ def measured_steps(exp: Experiment) -> set[int]:
     return {steps[round(i)] for i in picks}
 
 
-def measure(exp: Experiment, scorer: Scorer, step: int, folder: MethodFolder, weights: dict[str, float]) -> dict[str, Any] | None:
+def measure(
+    exp: Experiment, scorer: LanguageModel, step: int, folder: MethodFolder, weights: dict[str, float]
+) -> dict[str, Any] | None:
     """Distance of the base to the target after `step` steps; its log-likelihoods go to a Parquet file.
 
     Returns:

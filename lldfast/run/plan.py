@@ -11,7 +11,7 @@ import torch
 
 from lldfast.controller import LLDController
 from lldfast.errors import InputError
-from lldfast.models.scorer import Scorer
+from lldfast.models.language_model import LanguageModel
 from lldfast.run.experiment import Experiment
 from lldfast.run.folder import MethodFolder
 from lldfast.run.methods import Method
@@ -34,7 +34,7 @@ class WeightPlan(Protocol):
 
     initial: Weights
 
-    def bind(self, scorer: Scorer, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
+    def bind(self, scorer: LanguageModel, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
         """Give the plan the model in training, its optimizer, and where to say what it did; before the first step."""
 
     def at(self, step: int) -> Weights | None:
@@ -65,7 +65,7 @@ class FixedPlan:
         self.stages, self.origin = stages, origin
         self.initial = stages[0].weights
 
-    def bind(self, scorer: Scorer, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
+    def bind(self, scorer: LanguageModel, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
         """Nothing is estimated."""
 
     def at(self, step: int) -> Weights | None:
@@ -111,10 +111,10 @@ class EstimatedPlan:
     def __init__(self, controller: LLDController, *, aggregate: str, step_weights: str | None) -> None:
         self.controller, self.aggregate, self.step_weights = controller, aggregate, step_weights
         self.initial = {domain: 1 / len(controller.domains) for domain in controller.domains}
-        self._model: tuple[Scorer, torch.optim.Optimizer] | None = None
+        self._model: tuple[LanguageModel, torch.optim.Optimizer] | None = None
         self._say: Callable[[str], None] = lambda text: None
 
-    def bind(self, scorer: Scorer, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
+    def bind(self, scorer: LanguageModel, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
         self._model, self._say = (scorer, optimizer), say
 
     def at(self, step: int) -> Weights | None:

@@ -1,8 +1,8 @@
 """Domain weights, in numpy alone: from Delta (and G) to a mixture, along a run, and as a file.
 
 simplex.py has points of the simplex, equations.py eqs. (4)-(9), constrained.py weights under a constraint, options.py and
-rules.py the rules along a run, recipe.py what stands for a whole run, bootstrap.py standard errors over texts, file.py and recompute.py
-weights files. The names below are loaded when first used, so that the options cost nothing.
+rules.py the rules along a run, recipe.py what stands for a whole run, bootstrap.py standard errors over texts, file.py and
+recompute.py weights files. The names below are loaded when first used, so that the options cost nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""models/scorer.py: taking models apart, first tokens, windows, GGUF, identities."""
+"""models/language_model.py: taking models apart, first tokens, windows, GGUF, identities."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer, train_bpe
 from lldfast.errors import InputError, MissingDependencyError
 from lldfast.measure.score import score
-from lldfast.models import scorer as module
+from lldfast.models import language_model as module
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.scorer import Scorer, load_scorer, windows
+from lldfast.models.language_model import LanguageModel, load_model, windows
 
 TEXTS = ["The quick brown fox.", "naïve café", "x", "0 1 2 3 4 5 6 7 8 9 " * 4, "<|endoftext|> is text here"]
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -75,7 +75,7 @@ def adding_bos(tokenizer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_and_head_give_the_models_logits(family, bpe):
     model = tiny(family)
-    scorer = load_scorer(model, tokenizer=bpe)
+    scorer = load_model(model, tokenizer=bpe)
     assert scorer.separate_head and scorer.identity["head"] == "weight", scorer.identity["head"]
     ids = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -90,24 +90,24 @@ def test_hidden_states_and_head_give_the_models_logits(family, bpe):
     "family,option,value", [("Gemma2", "softcap", 5.0), ("Granite", "logit_scale", 0.25), ("Cohere", "logit_scale", 0.0625)]
 )
 def test_the_head_carries_its_options(family, option, value, bpe):
-    assert load_scorer(tiny(family), tokenizer=bpe).head().options()[option] == value
+    assert load_model(tiny(family), tokenizer=bpe).head().options()[option] == value
 
 
 def test_a_model_in_memory_keeps_its_mode(bpe):
     model = tiny("Llama").train()
-    assert load_scorer(model, tokenizer=bpe).module is model and model.training
+    assert load_model(model, tokenizer=bpe).module is model and model.training
 
 
 def test_the_head_carries_its_bias(bpe):
     model = tiny("Phi")
-    assert load_scorer(model, tokenizer=bpe).head().bias is model.lm_head.bias
+    assert load_model(model, tokenizer=bpe).head().bias is model.lm_head.bias
 
 
 def test_a_head_that_does_something_else_falls_back_to_logits(bpe):
     model = tiny("Llama")
     plain = model.forward
     model.forward = lambda **kwargs: _twice(plain(**kwargs))
-    scorer = load_scorer(model, tokenizer=bpe)
+    scorer = load_model(model, tokenizer=bpe)
     assert not scorer.separate_head and "differs from the model's logits" in scorer.identity["head"]
     with pytest.raises(InputError, match="cannot be told apart"):
         scorer.hidden(torch.zeros(1, 2, dtype=torch.long))
@@ -131,13 +131,13 @@ def test_a_quantised_head_falls_back_to_logits(bpe):
 
     model = tiny("Llama")
     model.lm_head = Packed(model.lm_head)
-    scorer = load_scorer(model, tokenizer=bpe)
+    scorer = load_model(model, tokenizer=bpe)
     assert not scorer.separate_head and "no plain output matrix" in scorer.identity["head"]
 
 
 def test_taking_apart_leaves_the_mode(bpe):
     model = tiny("Llama").train()
-    Scorer(model, bpe, name="m", kind="hf", source="memory", context_length=64)
+    LanguageModel(model, bpe, name="m", kind="hf", source="memory", context_length=64)
     assert model.training
 
 
@@ -152,7 +152,7 @@ def test_bos_is_put_once(bpe, texts):
         (bpe, "none", []),
         (first, "none", []),
     ]:
-        scorer = load_scorer(tiny("Llama"), tokenizer=tokenizer, bos=mode)
+        scorer = load_model(tiny("Llama"), tokenizer=tokenizer, bos=mode)
         for segment, text in zip(_by_text(scorer.tokenize(texts)), TEXTS, strict=True):
             assert segment == [*prefix, *bpe.encode(text)][: len(segment)] or len(segment) == 0
             assert segment.count(bpe.eot) == (len(prefix) if segment else 0)
@@ -166,7 +166,7 @@ def _by_text(segments):
 def test_models_without_any_first_token(texts):
     tokenizer = load_tokenizer("bytes")
     tokenizer.eot = None
-    scorer = Scorer.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), tokenizer)
+    scorer = LanguageModel.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), tokenizer)
     assert scorer.bos_id is None
     assert sum(len(s) - s.first for s in scorer.tokenize(texts)) == sum(len(t.encode()) - 1 for t in TEXTS)
 
@@ -184,7 +184,7 @@ def test_windows_score_every_token_once(n, overlap):
 
 
 def test_tokenisation_is_cached_per_set_rule_and_overlap(texts, monkeypatch):
-    scorer = Scorer.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), load_tokenizer("bytes"))
+    scorer = LanguageModel.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), load_tokenizer("bytes"))
     calls = []
     encode = scorer._encode
     monkeypatch.setattr(scorer, "_encode", lambda t: calls.append(1) or encode(t))
@@ -200,11 +200,11 @@ def test_tokenisation_is_cached_per_set_rule_and_overlap(texts, monkeypatch):
 
 
 def test_tokenizer_larger_than_the_model(bpe, texts):
-    scorer = load_scorer(tiny("Llama", vocab=100), tokenizer=bpe)
+    scorer = load_model(tiny("Llama", vocab=100), tokenizer=bpe)
     with pytest.raises(InputError, match=r"text \d \(domain [abc]\) has token \d+, outside the vocabulary of 100"):
         scorer.tokenize(texts)
     with pytest.raises(InputError, match="ids, the model only 257"):
-        Scorer.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), bpe)
+        LanguageModel.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), bpe)
 
 
 def test_gpt_folder(tmp_path, texts):
@@ -212,7 +212,7 @@ def test_gpt_folder(tmp_path, texts):
     gpt = GPT(GPTConfig(320, tokenizer.vocab_size, 32, 1, 2, 16), seed=1)
     extra = {"name": "Mine", "licence": "MIT", "domain_weights": {"a": 1.0}}
     gpt.save(tmp_path / "mine", tokenizer_describe=tokenizer, extra=extra)
-    scorer = load_scorer(tmp_path / "mine", device="cpu")
+    scorer = load_model(tmp_path / "mine", device="cpu")
     identity = scorer.identity
     assert (identity["name"], identity["kind"], identity["licence"]) == ("Mine", "gpt", "MIT")
     assert identity["extra"]["domain_weights"] == {"a": 1.0} and len(identity["hash"]) == 64
@@ -220,8 +220,8 @@ def test_gpt_folder(tmp_path, texts):
     assert torch.equal(scorer.head().weight, gpt.head_weight) and not scorer.module.training
     gpt.save(tmp_path / "bare")
     with pytest.raises(InputError, match="names no tokenizer"):
-        load_scorer(tmp_path / "bare")
-    assert load_scorer(tmp_path / "bare", tokenizer=tokenizer).tokenizer is tokenizer
+        load_model(tmp_path / "bare")
+    assert load_model(tmp_path / "bare", tokenizer=tokenizer).tokenizer is tokenizer
 
 
 def test_a_path_is_loaded_on_the_auto_device_and_a_model_in_memory_stays(tmp_path, monkeypatch, texts):
@@ -235,18 +235,18 @@ def test_a_path_is_loaded_on_the_auto_device_and_a_model_in_memory_stays(tmp_pat
         return torch.device("cpu")
 
     monkeypatch.setattr(module, "pick_device", pick)
-    load_scorer(tmp_path / "model")
+    load_model(tmp_path / "model")
     score(tmp_path / "model", tmp_path / "eval.parquet")
     assert {device for device, what in picked if what == "device"} == {"auto"}
     picked.clear()
-    load_scorer(tmp_path / "model", device="cuda:1")
+    load_model(tmp_path / "model", device="cuda:1")
     assert picked[0] == ("cuda:1", "device")
     picked.clear()
-    score(load_scorer(gpt, tokenizer="bytes"), texts)
+    score(load_model(gpt, tokenizer="bytes"), texts)
     assert picked == []
 
 
-@pytest.mark.parametrize("use", [lambda path, texts: load_scorer(path), score, gram.estimate])
+@pytest.mark.parametrize("use", [lambda path, texts: load_model(path), score, gram.estimate])
 def test_a_gpu_is_not_passed_over(tmp_path, texts, use, broken_gpu):
     """The one that is there is chosen without being asked for, also where it turns out that it cannot be used."""
     GPT(GPTConfig(300, 300, 16, 1, 2, 16), seed=1).save(tmp_path / "model", load_tokenizer("bytes"))
@@ -256,7 +256,7 @@ def test_a_gpu_is_not_passed_over(tmp_path, texts, use, broken_gpu):
 
 def test_identity_follows_weights_in_training():
     gpt = GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0)
-    scorer = Scorer.from_gpt(gpt, load_tokenizer("bytes"), name="run")
+    scorer = LanguageModel.from_gpt(gpt, load_tokenizer("bytes"), name="run")
     before = scorer.identity
     assert before == scorer.identity and before["parameters"] == gpt.num_params() and before["bos"] == {"mode": "auto", "id": 256}
     with torch.no_grad():
@@ -269,45 +269,45 @@ def test_hugging_face_folder(tmp_path, bpe):
     model.save_pretrained(tmp_path)
     bpe.save(tmp_path)
     (tmp_path / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# Model\n")
-    scorer = load_scorer(tmp_path, dtype="bfloat16")
+    scorer = load_model(tmp_path, dtype="bfloat16")
     assert scorer.identity["licence"] == "apache-2.0" and scorer.identity["dtype"] == "bfloat16"
     assert scorer.tokenizer.hash == bpe.hash and scorer.identity["head"] == "weight"
-    again = load_scorer(tmp_path).identity["hash"]
+    again = load_model(tmp_path).identity["hash"]
     assert again == scorer.identity["hash"]
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     model.save_pretrained(tmp_path)
-    assert load_scorer(tmp_path).identity["hash"] != again
-    assert load_scorer(tmp_path, context_length=8).context_length == 8
+    assert load_model(tmp_path).identity["hash"] != again
+    assert load_model(tmp_path, context_length=8).context_length == 8
     with pytest.raises(InputError, match="context_length=65"):
-        load_scorer(tmp_path, context_length=65)
+        load_model(tmp_path, context_length=65)
 
 
 def test_bad_arguments(tmp_path, bpe):
     with pytest.raises(InputError, match="no such model folder"):
-        load_scorer(tmp_path / "absent")
+        load_model(tmp_path / "absent")
     with pytest.raises(InputError, match=r"neither model\.json nor config\.json"):
-        load_scorer(tmp_path)
+        load_model(tmp_path)
     with pytest.raises(InputError, match="no such file"):
-        load_scorer(tmp_path / "m.gguf")
+        load_model(tmp_path / "m.gguf")
     with pytest.raises(InputError, match="dtype='int8'"):
-        load_scorer(tmp_path, dtype="int8")
+        load_model(tmp_path, dtype="int8")
     with pytest.raises(InputError, match="bos='twice'"):
-        load_scorer(tiny("Llama"), tokenizer=bpe, bos="twice")
+        load_model(tiny("Llama"), tokenizer=bpe, bos="twice")
     with pytest.raises(InputError, match="needs tokenizer="):
-        load_scorer(tiny("Llama"))
+        load_model(tiny("Llama"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="transformers cannot load"):
-        load_scorer(tmp_path)
+        load_model(tmp_path)
     with pytest.raises(InputError, match="overlap=64"):
-        load_scorer(tiny("Llama"), tokenizer=bpe).tokenize(EvalSet.from_texts(["a"], ["b"]), overlap=64)
+        load_model(tiny("Llama"), tokenizer=bpe).tokenize(EvalSet.from_texts(["a"], ["b"]), overlap=64)
 
 
 def test_gguf_needs_its_packages(tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(MissingDependencyError, match="GGUF files need the package gguf"):
-        load_scorer(tmp_path / "m.gguf")
+        load_model(tmp_path / "m.gguf")
 
 
 def test_gguf_is_converted_once(tmp_path, monkeypatch):
@@ -315,13 +315,13 @@ def test_gguf_is_converted_once(tmp_path, monkeypatch):
         pytest.importorskip(package)
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setenv("LLDFAST_CACHE", str(tmp_path / "cache"))
-    scorer = load_scorer(file)
+    scorer = load_model(file)
     identity = scorer.identity
     assert (identity["name"], identity["kind"], identity["licence"]) == ("Tiny", "gguf", "mit")
     assert scorer.separate_head and identity["dtype"] == "float32"
     assert len(scorer.tokenizer.encode("ab")) == 1 and scorer.tokenizer.decode(scorer.tokenizer.encode("abc")) == "abc"
     monkeypatch.setattr("lldfast.models.gguf._convert", lambda *a: pytest.fail("converted a second time"))
-    assert load_scorer(file).identity == identity
+    assert load_model(file).identity == identity
 
 
 def write_tiny_gguf(file: Path) -> Path:
@@ -365,6 +365,6 @@ def write_tiny_gguf(file: Path) -> Path:
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:x"])
 def test_no_such_device(device):
-    scorer = Scorer.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
+    scorer = LanguageModel.from_gpt(GPT("test-tiny", seed=0), load_tokenizer("bytes"))
     with pytest.raises(InputError, match=f"device '{device}' cannot be used here"):
         scorer.to(device)

@@ -1,7 +1,7 @@
 """Any causal language model behind one interface: hidden states and a head, a tokenizer, a rule for the first token.
 
-A `Scorer` wraps our GPT, a Hugging Face model or a GGUF file. `loglik.score` needs hidden states and the head apart, so that
-no logits of a whole batch are alive. For Hugging Face models the parts are found by name and then *checked*: the head applied
+A `LanguageModel` wraps our GPT, a Hugging Face model or a GGUF file. `score` needs hidden states and the head apart, so that no
+logits of a whole batch are alive. For Hugging Face models the parts are found by name and then *checked*: the head applied
 to the hidden states of a probe must give the model's own logits (softcap and logit scale included). A model that fails the
 check is scored through its full logits, and `identity["head"]` says so.
 
@@ -44,7 +44,7 @@ BOS_MODES = ("auto", "native", "none")
 # Names of the context length in Hugging Face configurations.
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length", "max_seq_len")
 UNLIMITED = 1 << 30  # a state-space model has no context length
-TOKENIZED_SETS = 4  # tokenised evaluation sets kept per scorer: estimate, measure and some spare
+TOKENIZED_SETS = 4  # tokenised evaluation sets kept per model: estimate, measure and some spare
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Segment:
         return len(self.ids) - 1
 
 
-class Scorer:
+class LanguageModel:
     """A causal language model that can be scored.
 
     Attributes:
@@ -122,7 +122,7 @@ class Scorer:
             raise InputError(f"{name}: the first token (id {self.bos_id}) is outside the model's vocabulary of {self.vocab_size}")
 
     @classmethod
-    def from_gpt(cls, gpt: GPT, tokenizer: Tokenizer, name: str = "gpt", *, bos: str = "auto", **facts: Any) -> Scorer:
+    def from_gpt(cls, gpt: GPT, tokenizer: Tokenizer, name: str = "gpt", *, bos: str = "auto", **facts: Any) -> LanguageModel:
         """Wrap a GPT in memory; it may go on training, and `identity["hash"]` follows its weights."""
         if tokenizer.vocab_size > gpt.config.valid_vocab:
             raise InputError(
@@ -132,7 +132,8 @@ class Scorer:
         return cls(gpt, tokenizer, name=name, context_length=gpt.config.block_size, bos=bos, **facts)
 
     def __repr__(self) -> str:
-        return f"Scorer({self.name!r}, {self.kind}, tokenizer={self.tokenizer.name!r}, bos={self.bos!r}, device={self.device})"
+        about = f"{self.name!r}, {self.kind}, tokenizer={self.tokenizer.name!r}, bos={self.bos!r}, device={self.device}"
+        return f"LanguageModel({about})"
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +163,7 @@ class Scorer:
         first = t.bos if t.adds_bos or t.eot is None else t.eot
         self.bos_id: int | None = first if bos == "auto" else None
 
-    def to(self, device: str | torch.device) -> Scorer:
+    def to(self, device: str | torch.device) -> LanguageModel:
         """Move the model in place; its head moves along, since Module.to keeps the parameter objects.
 
         Args:
@@ -178,7 +179,7 @@ class Scorer:
             raise InputError(f"{self.name}: device {str(device)!r} cannot be used here: {error}") from None
         return self
 
-    def with_bos(self, bos: str) -> Scorer:
+    def with_bos(self, bos: str) -> LanguageModel:
         """The same model under another first-token rule."""
         other = copy.copy(self)
         other._set_bos(bos)
@@ -257,7 +258,7 @@ def _native_ids(backend: Any, text: str) -> list[int]:
     return list(backend(text, split_special_tokens=True)["input_ids"])
 
 
-def load_scorer(
+def load_model(
     spec: Any,
     *,
     tokenizer: Any = None,
@@ -265,7 +266,7 @@ def load_scorer(
     dtype: str = "float32",
     bos: str = "auto",
     context_length: int | None = None,
-) -> Scorer:
+) -> LanguageModel:
     """Load a model for scoring, in evaluation mode. A model in memory keeps its mode and its place: it may be in training.
 
     Args:
@@ -284,7 +285,7 @@ def load_scorer(
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     own = None if tokenizer is None else load_tokenizer(tokenizer)
-    if isinstance(spec, Scorer):
+    if isinstance(spec, LanguageModel):
         raise InputError(f"{spec!r} is loaded already")
     if device is None and not isinstance(spec, nn.Module):
         device = "auto"
@@ -307,16 +308,18 @@ def load_scorer(
     return scorer if place is None else scorer.to(place)
 
 
-def _from_module(module: nn.Module, tokenizer: Tokenizer | None, bos: str) -> Scorer:
+def _from_module(module: nn.Module, tokenizer: Tokenizer | None, bos: str) -> LanguageModel:
     if tokenizer is None:
         raise InputError(f"a {type(module).__name__} in memory needs tokenizer=")
     if isinstance(module, GPT):
-        return Scorer.from_gpt(module, tokenizer, bos=bos)
+        return LanguageModel.from_gpt(module, tokenizer, bos=bos)
     name = str(getattr(module, "name_or_path", "") or type(module).__name__)
-    return Scorer(module, tokenizer, name=name, kind="hf", source="memory", context_length=context_length_of(module), bos=bos)
+    return LanguageModel(
+        module, tokenizer, name=name, kind="hf", source="memory", context_length=context_length_of(module), bos=bos
+    )
 
 
-def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, bos: str) -> Scorer:
+def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, bos: str) -> LanguageModel:
     about = read_gpt_json(folder)
     if tokenizer is None:
         if about.get("tokenizer") is None:
@@ -324,10 +327,10 @@ def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, bos: str) -> Scor
         tokenizer = tokenizer_from_manifest(about["tokenizer"], folder)
     extra = about.get("extra") or {}
     facts = {"source": str(folder), "weights_hash": about["sha256"], "licence": extra.get("licence"), "extra": extra}
-    return Scorer.from_gpt(GPT.load(folder), tokenizer, str(extra.get("name") or folder.name), bos=bos, **facts)
+    return LanguageModel.from_gpt(GPT.load(folder), tokenizer, str(extra.get("name") or folder.name), bos=bos, **facts)
 
 
-def _from_hf(spec: Any, tokenizer: Tokenizer | None, dtype: str, bos: str, **facts: Any) -> Scorer:
+def _from_hf(spec: Any, tokenizer: Tokenizer | None, dtype: str, bos: str, **facts: Any) -> LanguageModel:
     transformers = require("transformers")
     path = Path(spec)
     if not path.is_dir() and (path.suffix or path.is_absolute() or str(spec).startswith(".") or str(spec).count("/") > 1):
@@ -347,10 +350,10 @@ def _from_hf(spec: Any, tokenizer: Tokenizer | None, dtype: str, bos: str, **fac
         "licence": None if folder is None else _card_licence(folder),
     }
     own = load_tokenizer(spec) if tokenizer is None else tokenizer
-    return Scorer(module.eval(), own, context_length=context_length_of(module), bos=bos, **{**defaults, **facts})
+    return LanguageModel(module.eval(), own, context_length=context_length_of(module), bos=bos, **{**defaults, **facts})
 
 
-def _from_gguf(file: Path, tokenizer: Tokenizer | None, dtype: str, bos: str) -> Scorer:
+def _from_gguf(file: Path, tokenizer: Tokenizer | None, dtype: str, bos: str) -> LanguageModel:
     """Convert the file to fp32 safetensors in the cache (once per content) and load that."""
     if not file.is_file():
         raise InputError(f"{file}: no such file")

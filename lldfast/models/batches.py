@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lldfast.errors import InputError
 from lldfast.models.gpt import DTYPES
-from lldfast.models.scorer import Scorer, Segment
+from lldfast.models.language_model import LanguageModel, Segment
 from lldfast.ops.linear_logprob import linear_logprob
 from lldfast.ops.logprob import logprob
 from lldfast.ops.segments import SegmentSums
@@ -37,18 +37,18 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass
-class Batch:
+class SegmentBatch:
     """ids [B, T] right-padded, labels [B, T] (-100: padding, or context only), segment [B]: the number of each row's segment."""
 
     ids: Tensor
     labels: Tensor
     segment: Ints
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.ids.to(device), self.labels.to(device), self.segment)
+    def to(self, device: torch.device) -> SegmentBatch:
+        return SegmentBatch(self.ids.to(device), self.labels.to(device), self.segment)
 
 
-def batches(segments: Sequence[Segment], batch_tokens: int, which: npt.ArrayLike | None = None) -> Iterator[Batch]:
+def batches(segments: Sequence[Segment], batch_tokens: int, which: npt.ArrayLike | None = None) -> Iterator[SegmentBatch]:
     """Pack segments (or those at indices `which`), longest first, into batches of at most `batch_tokens` tokens with padding.
 
     A segment longer than that is a batch of its own. Longest first shows a lack of memory at once.
@@ -68,18 +68,18 @@ def batches(segments: Sequence[Segment], batch_tokens: int, which: npt.ArrayLike
             s = segments[i]
             ids[row, : len(s)] = s.ids[:-1]
             labels[row, s.first : len(s)] = s.ids[1 + s.first :]
-        yield Batch(torch.from_numpy(ids), torch.from_numpy(labels), rows)
+        yield SegmentBatch(torch.from_numpy(ids), torch.from_numpy(labels), rows)
         start += len(rows)
 
 
-def hidden_states(scorer: Scorer, batch: Batch, amp_dtype: str | None) -> Tensor:
+def hidden_states(scorer: LanguageModel, batch: SegmentBatch, amp_dtype: str | None) -> Tensor:
     """[B, T, d], of a scorer whose head can be taken apart."""
     with _autocast(scorer, amp_dtype):
         return scorer.hidden(batch.ids)
 
 
 def head_logprobs(
-    scorer: Scorer, hidden: Tensor, labels: Tensor, backend: str, amp_dtype: str | None, precision: str | None
+    scorer: LanguageModel, hidden: Tensor, labels: Tensor, backend: str, amp_dtype: str | None, precision: str | None
 ) -> Tensor:
     """Log-likelihood of labels [...] from hidden states [..., d]."""
     head = scorer.head()
@@ -90,7 +90,12 @@ def head_logprobs(
 
 
 def token_logprobs(
-    scorer: Scorer, batch: Batch, *, backend: str = "auto", amp_dtype: str | None = None, precision: str | None = None
+    scorer: LanguageModel,
+    batch: SegmentBatch,
+    *,
+    backend: str = "auto",
+    amp_dtype: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Log-likelihood of the labels, fp32 [B, T], 0 where ignored; differentiable when gradients are on."""
     if scorer.separate_head:
@@ -104,7 +109,7 @@ def token_logprobs(
     return logprob(logits, batch.labels, backend=backend).logprob
 
 
-def layer_tokens(scorer: Scorer, batch_tokens: int) -> int:
+def layer_tokens(scorer: LanguageModel, batch_tokens: int) -> int:
     """batch_tokens, or less where a larger batch would only cost memory or time."""
     if not scorer.separate_head:
         return max(1, min(batch_tokens, LOGITS_BYTES // (4 * scorer.vocab_size)))
@@ -114,7 +119,7 @@ def layer_tokens(scorer: Scorer, batch_tokens: int) -> int:
 
 
 @contextlib.contextmanager
-def evaluating(scorer: Scorer) -> Iterator[None]:
+def evaluating(scorer: LanguageModel) -> Iterator[None]:
     """Evaluation mode (no dropout) inside, the former mode afterwards."""
     training = scorer.module.training
     scorer.module.eval()
@@ -124,7 +129,7 @@ def evaluating(scorer: Scorer) -> Iterator[None]:
         scorer.module.train(training)
 
 
-def _autocast(scorer: Scorer, amp_dtype: str | None) -> contextlib.AbstractContextManager[Any]:
+def _autocast(scorer: LanguageModel, amp_dtype: str | None) -> contextlib.AbstractContextManager[Any]:
     if amp_dtype in (None, "float32"):
         return contextlib.nullcontext()
     if amp_dtype not in DTYPES:
@@ -133,9 +138,14 @@ def _autocast(scorer: Scorer, amp_dtype: str | None) -> contextlib.AbstractConte
 
 
 def segment_sums(
-    scorer: Scorer, segments: Sequence[Segment], batch_tokens: int, backend: str, amp_dtype: str | None, precision: str | None,
+    scorer: LanguageModel,
+    segments: Sequence[Segment],
+    batch_tokens: int,
+    backend: str,
+    amp_dtype: str | None,
+    precision: str | None,
     progress: Callable[[int], None],
-) -> SegmentSums:  # fmt: skip
+) -> SegmentSums:
     """Log-likelihood and scored tokens of each segment; `progress` gets the number of tokens that the layers have done."""
     sums = SegmentSums.zeros(len(segments))
     waiting: list[tuple[Tensor, Tensor, Ints]] = []
