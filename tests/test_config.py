@@ -208,3 +208,24 @@ def test_a_configuration_of_an_earlier_version_is_completed():
     old = yaml.safe_load(c.to_yaml())
     del old["gram"], old["lld"]["radius"]
     assert with_defaults(old) == yaml.safe_load(c.to_yaml()) == with_defaults(with_defaults(old))
+
+
+def test_former_keys_go_on_working_and_say_the_present_ones(tmp_path):
+    former = tmp_path / "c.yaml"
+    former.write_text("lld: {tau: 2.0, normalise: corr, normalize: bytes}\nmethods: [uniform]\n")
+    with pytest.warns(DeprecationWarning) as said:
+        c = parse_config(["--config", str(former), "--target.model=x"])
+    assert (c.lld.tau, c.lld.gram_scale, c.lld.per) == (2.0, "corr", "bytes")
+    assert {str(w.message) for w in said} >= {
+        f"{former}: lld.normalise is deprecated: use lld.gram_scale",
+        f"{former}: lld.normalize is deprecated: use lld.per",
+    }
+    with pytest.warns(DeprecationWarning, match=r"--lld\.normalise is deprecated: use --lld\.gram_scale"):
+        assert parse_config(["--lld.normalise=trace"]).lld.gram_scale == "trace"
+    with pytest.warns(DeprecationWarning, match=r"use --lld\.per"):
+        assert parse_config(["--lld.normalize", "texts"]).lld.per == "texts"
+    stored = with_defaults({"lld": {"normalise": "corr"}})["lld"]  # the config.yaml of an earlier run
+    assert stored["gram_scale"] == "corr" and "normalise" not in stored
+    former.write_text("lld: {gram_scale: none, normalise: corr}\n")
+    with pytest.raises(InputError, match=r"lld\.normalise is the former name of lld\.gram_scale"):
+        parse_config(["--config", str(former)])

@@ -344,7 +344,7 @@ def test_a_prior_is_aligned_by_name_whatever_the_order_of_the_evaluation_texts(c
     from lldfast.data.evalset import EvalSet
     from lldfast.run.config import parse_method
     from lldfast.run.experiment import Experiment
-    from lldfast.train import make_source
+    from lldfast.run.plan import make_plan
 
     folder = tmp_path / "data"
     shutil.copytree(corpus, folder)
@@ -354,7 +354,7 @@ def test_a_prior_is_aligned_by_name_whatever_the_order_of_the_evaluation_texts(c
     c = config(tmp_path / "run", folder, methods=["iterative"], target=TargetConfig(model=str(target)))
     c = dataclasses.replace(c, lld=dataclasses.replace(c.lld, prior="proportional", tau=1e9))
     exp = Experiment.open(c)
-    controller = make_source(exp, parse_method("iterative")).controller
+    controller = make_plan(exp, parse_method("iterative")).controller
     assert controller.domains == exp.domains[::-1]
     weights = controller.step(0, LanguageModel.from_gpt(exp.new_model(), exp.tokenizer))
     assert weights == pytest.approx(exp.shards.proportions(), rel=1e-6)

@@ -25,6 +25,7 @@ from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.ops.distill.oracle import reference
 from lldfast.run.config import Config, ModelConfig, TargetConfig, TrainConfig
 from lldfast.run.distill import DistillConfig
+from lldfast.run.experiment import Experiment
 from lldfast.run.log import read_jsonl
 from lldfast.run.methods import parse_method
 from lldfast.train import run
@@ -221,6 +222,15 @@ def test_a_record_of_other_data_is_refused(corpus, cache, tmp_path):
     with pytest.raises(InputError, match="windows of 64 tokens, not of 32"):
         c = config(tmp_path / "run", corpus, ["distill"], distill=DistillConfig(cache=str(cache)))
         run(dataclasses.replace(c, model=ModelConfig(preset="test-tiny", block_size=32)))
+
+
+def test_a_refused_teacher_is_refused_again(corpus, cache, tmp_path):
+    """What was asked for once and refused must not be there the second time."""
+    c = config(tmp_path / "run", corpus, ["distill"], distill=DistillConfig(cache=str(cache)))
+    exp = Experiment.open(dataclasses.replace(c, model=ModelConfig(preset="test-tiny", block_size=BLOCK // 2)))
+    for _ in range(2):
+        with pytest.raises(InputError, match="windows of 64 tokens, not of 32"):
+            exp.teacher()
 
 
 def test_a_hugging_face_teacher_with_a_padded_head(corpus, tmp_path):
