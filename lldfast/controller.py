@@ -373,11 +373,12 @@ class LLDController:
         stored = np.asarray(state.get("domains", self.domains)).tolist()
         if stored != self.domains:
             raise InputError(f"the state is of the domains {stored}, in this order; the controller has {self.domains}")
-        self.estimated_at = [int(step) for step in state["steps"]]
-        self.deltas, self.weights = list(state["deltas"]), list(state["weights"])
-        self.grams = list(state["grams"]) if len(state["grams"]) else [None] * len(self.estimated_at)
+        steps = [int(step) for step in state["steps"]]
+        grams = list(state["grams"]) if len(state["grams"]) else [None] * len(steps)
         # a state of before ridges were stored has no such entry: its rules go by their own ridge
-        self.gram_info = json.loads(str(state["gram_info"])) if "gram_info" in state else [None] * len(self.estimated_at)
-        self.replicates = list(state["replicates"])
-        self._logits = state["logits"].copy()
-        self._base = json.loads(str(state["base"])) if "base" in state else None  # a state of before it was stored
+        infos = json.loads(str(state["gram_info"])) if "gram_info" in state else [None] * len(steps)
+        base = json.loads(str(state["base"])) if "base" in state else None  # a state of before it was stored
+        deltas, weights, replicates, logits = (list(state[key]) for key in ("deltas", "weights", "replicates", "logits"))
+        # all of it has been read: from here on nothing fails
+        self.estimated_at, self.deltas, self.weights, self.replicates = steps, deltas, weights, replicates
+        self.grams, self.gram_info, self._logits, self._base = grams, infos, np.array(logits), base

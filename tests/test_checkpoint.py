@@ -62,6 +62,17 @@ def test_damage_and_strangers_are_named(tmp_path):
         load_checkpoint(path, model=model, optimizer=optimizer)
 
 
+def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path):
+    """The first parameter fits, the last does not."""
+    model, optimizer = made()
+    path = save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer, state={})
+    other = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(InputError, match=r"2\.weight is \[3, 8\]"):
+        load_checkpoint(path, model=other, optimizer=torch.optim.AdamW(other.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(before, other.parameters(), strict=True))
+
+
 def test_weights_that_are_not_finite_are_not_checkpointed(tmp_path):
     model, optimizer = made()
     save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer, state={})

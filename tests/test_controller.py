@@ -372,3 +372,31 @@ def test_one_bootstrap_of_delta():
     part = EVALSET.select("estimate")
     _, errors = delta(TARGET.select("estimate"), score(BASE, part), bootstrap=50, seed=3)
     assert errors == pytest.approx(c.trajectory()[0]["delta_se"], rel=1e-12)
+
+
+def test_an_estimate_that_fails_leaves_nothing_behind(monkeypatch):
+    """A caller may catch the error, and try the step again."""
+    c, other = controller(bootstrap=3), controller(bootstrap=3)
+    c.step(0, BASE), other.step(0, BASE)
+    real = Rule.weights
+
+    def broken(self, logits):
+        raise InputError("no weights")
+
+    monkeypatch.setattr(Rule, "weights", broken)
+    with pytest.raises(InputError, match="no weights"):
+        c.step(1, BASE)
+    monkeypatch.setattr(Rule, "weights", real)
+    assert c.estimated_at == [0] and len(c.deltas) == len(c.weights) == len(c.replicates) == 1
+    c.step(1, BASE), other.step(1, BASE)
+    assert c.trajectory() == other.trajectory() and c.aggregate_errors() == other.aggregate_errors()
+
+
+def test_a_state_that_cannot_be_read_changes_nothing():
+    c, other = controller(bootstrap=3), controller(bootstrap=3)
+    c.step(0, BASE), other.step(0, BASE), other.step(1, BASE)
+    before, damaged = c.trajectory(), other.state_dict()
+    del damaged["replicates"]
+    with pytest.raises(KeyError):
+        c.load_state_dict(damaged)
+    assert c.trajectory() == before and len(c.replicates) == 1

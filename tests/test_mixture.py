@@ -152,6 +152,10 @@ def test_resume_refuses_another_corpus(shards, tmp_path, make_shards):
         mix.load_state_dict({**state, "weights": {k: v for k, v in state["weights"].items() if k != "Prose"}})
     with pytest.raises(InputError, match="the cursors are of"):
         mix.load_state_dict({**state, "cursors": {"Prose": 1}})
+    before = mix.state_dict()
+    with pytest.raises(InputError, match="the step is 'x'"):  # the last that is read: nothing has changed by then
+        mix.load_state_dict({**state, "step": "x"})
+    assert mix.state_dict() == before
     assert mix.step == 0 and sum(mix.consumed.values()) == 0
 
 

@@ -291,10 +291,10 @@ class DomainMixture:
         cursors, weights = state["cursors"], self._by_name(state["weights"])
         if set(cursors) != set(self.domains):
             raise InputError(f"cannot resume: the cursors are of {sorted(cursors)}, the domains are {sorted(self.domains)}")
-        for domain, n in cursors.items():
-            if n < 0:
-                raise InputError(f"cannot resume: the cursor of domain {domain!r} is {n}")
-        self.set_weights(weights)
+        for what, n in [("step", state["step"]), *((f"cursor of domain {domain!r}", n) for domain, n in cursors.items())]:
+            if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
+                raise InputError(f"cannot resume: the {what} is {n!r}")
+        self.set_weights(weights)  # the last check: nothing has changed before it
         self.weights = weights  # they were normalised when saved; a second division could change a bit
         self._cursors = np.array([cursors[domain] for domain in self.domains], dtype=np.int64)
         self.step = int(state["step"])

@@ -97,17 +97,16 @@ def load_checkpoint(
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))[0]
         raise InputError(f"checkpoint {path} belongs to another model: parameter {odd!r} is on one side only")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != weights[name].shape:
-                raise InputError(
-                    f"checkpoint {path}: {name} is {list(weights[name].shape)}, the model's is {list(parameter.shape)}"
-                )
-            parameter.copy_(weights[name])
+    for name, parameter in parameters.items():  # all of them before the first is changed
+        if parameter.shape != weights[name].shape:
+            raise InputError(f"checkpoint {path}: {name} is {list(weights[name].shape)}, the model's is {list(parameter.shape)}")
     current = optimizer.state_dict()
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in moments.items():
         name, index = key.rsplit(".", 1)
         state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
     return int(header["step"]), header["state"], arrays

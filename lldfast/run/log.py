@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,6 @@ class RunLog:
             except ImportError as error:
                 raise MissingDependencyError("W&B logging needs: pip install 'lldfast[log]'") from error
             self._wandb = wb.init(project=wandb, name=self.name, config=config, dir=str(folder.path), resume="allow")
-        self._last_line = time.monotonic()
 
     def step(self, record: dict[str, Any], *, line: bool) -> None:
         """Log one record (it has "step"); `line` also prints it when no progress bar is shown."""
