@@ -8,7 +8,7 @@ for step in range(10_000):
     if weights is not None:
         mixture.set_weights(weights)
     ...                                      # the optimiser step
-fixed = controller.aggregate()               # eq. (8), the recipe for pass 2
+controller.save("recipe.json")               # eq. (8)'s recipe for pass 2, and where it comes from
 """
 
 from __future__ import annotations
