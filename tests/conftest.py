@@ -1,9 +1,15 @@
-"""Shared fixtures: unwritten memory shows, threads are few, and small token shards are at hand."""
+"""The two tiers of the tests, and shared fixtures: unwritten memory shows, threads are few, small token shards are at hand.
+
+`pytest` runs the user's tier, which has a witness of every invariant and takes two minutes on two cores; `pytest -m ""` runs everything.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,79 @@ from lldfast.ops import native
 os.environ["PYTHONSAFEPATH"] = "1"
 
 MakeShards = Callable[..., TokenShards]
+
+# Files that take longest, in that order. A worker has one file at a time, so a long one must not be the last to start.
+FIRST = ("test_train.py", "test_report.py", "test_prepare.py", "test_train_distill.py", "kernels")
+MOST_WORKERS = 4  # each has a torch of its own in memory, and some tests use two threads
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many as this process has processors, up to a few; 0, which is no worker at all, on a single one."""
+    count = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    return count if count > 1 else 0
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m leaves out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what a cover of the pairs of a `pairwise` test's parameters does not need as slow; long files first."""
+    families = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("pairwise") and hasattr(item, "callspec"):
+            families[item.nodeid.partition("[")[0]].append(item)
+    for family in families.values():
+        # A value is told by its identity: not all can be compared or hashed.
+        needed = cover([tuple(map(id, item.callspec.params.values())) for item in family])  # type: ignore[attr-defined]
+        for i in set(range(len(family))).difference(needed):
+            family[i].add_marker(pytest.mark.slow)
+    place = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: min(place.get(part, len(FIRST)) for part in item.path.parts[-2:]))
+
+
+def cover(rows: Sequence[tuple[Any, ...]]) -> list[int]:
+    """Indices of some rows, in order, in which every value of a column and every pair of values of two columns occurs that occurs
+    in `rows`. Greedy: the row that adds most, of equals the first; so the same rows always give the same choice.
+    """
+    news = [{*enumerate(row), *itertools.combinations(enumerate(row), 2)} for row in rows]
+    missing, chosen = set().union(*news), []
+    while missing:
+        best = max(range(len(rows)), key=lambda i: len(news[i] & missing))
+        missing -= news[best]
+        chosen.append(best)
+    return sorted(chosen)
+
+
+@pytest.fixture(params=["pairs", pytest.param("all", marks=pytest.mark.slow)])
+def product(request: pytest.FixtureRequest) -> Callable[..., list[tuple[Any, ...]]]:
+    """product(*values): for loops within a test. Tuples of every pair of values of two arguments; of all, in the slow tier."""
+
+    def combine(*values: Iterable[Any]) -> list[tuple[Any, ...]]:
+        options = [list(v) for v in values]
+        places = list(itertools.product(*(range(len(v)) for v in options)))
+        chosen = places if request.param == "all" else [places[i] for i in cover(places)]
+        return [tuple(v[i] for v, i in zip(options, place, strict=True)) for place in chosen]
+
+    return combine
+
+
+@pytest.fixture(autouse=True)
+def _alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Under pytest-xdist no other test runs beside one that is marked `alone`.
+
+    Every test holds the room for as long as it takes, an `alone` one for itself. All pass the door one by one, and an `alone` test keeps it
+    closed until the room is empty: it would wait for ever where others come and go.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    alone = request.node.get_closest_marker("alone") is not None
+    folder = tmp_path_factory.getbasetemp().parent  # that of all workers
+    with (folder / "door.lock").open("w") as door, (folder / "room.lock").open("w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
+        fcntl.flock(room, fcntl.LOCK_UN)  # closing would not do while a process that the test started lives
 
 
 @pytest.fixture(autouse=True, scope="session")

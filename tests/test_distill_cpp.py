@@ -1,6 +1,5 @@
 """csrc/cpu/distill/distill.h: rows of both models' logits, every instruction set against the fp64 oracle and fp64 formulas."""
 
-import itertools
 import math
 import warnings
 
@@ -72,10 +71,10 @@ def agrees(got, want, loss=2e-6, gradient=2e-6, floor=0.05):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_oracle(isa, name):
+def test_oracle(isa, name, product):
     """All assistants: rows of one call with the loss of every setting, their gradient from autograd."""
     student, teacher, y = torch.randn(2, 37) * 2, torch.randn(2, 37) * 2, torch.tensor([3, 36])
-    for order, alpha, lam in itertools.product(ORDERS, ALPHAS, LAMS):
+    for order, alpha, lam in product(ORDERS, ALPHAS, LAMS):
         if lam in (0.0, 1.0) and alpha != -1.0:
             continue  # there is no mixture
         given = options(name, order=order, alpha=alpha, lam=lam, temperature=1.0 if lam < 0.5 else 2.0)
@@ -85,6 +84,7 @@ def test_oracle(isa, name):
         agrees(call(student, teacher, y, isa, **given), (loss, torch.zeros(2), dz), 5e-6, 1e-5)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("vocab", [1, 2, 17, 63, 64, 65, 257, 2049])
 @pytest.mark.parametrize("given", SOME)
@@ -100,6 +100,7 @@ def test_digits_of_a_large_vocabulary(isa, given):
     agrees(call(student, teacher, None, isa, **given), formulas(student, teacher, **given), 2e-6, 4e-6, floor=0.02)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("vocabs", [(70, 65), (65, 70), (2100, 1000), (1000, 2100), (1024, 1025)])
 @pytest.mark.parametrize("given", [{"preset": "jsd"}, {"preset": "ab"}, {"preset": "skl"}, {"preset": "amid", "alpha": 3.0}])
@@ -110,12 +111,12 @@ def test_vocabularies_that_differ(isa, vocabs, given):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_excluded_entries(isa):
+def test_excluded_entries(isa, product):
     """-inf in the student, the teacher, both: what the formulas give, finite, infinite or none; NaN touches its token only."""
     student, teacher, y = torch.randn(6, 90), torch.randn(6, 90), torch.randint(80, 90, (6,))
     student[0, 5], teacher[1, 6], student[2, 7:30], teacher[2, 7:30] = [-math.inf] * 4
     student[3, 10:40], teacher[3, 30:80] = -math.inf, -math.inf
-    for name, order, alpha, lam in itertools.product(DIVERGENCES, ORDERS, [-math.inf, -3.0, -1.0, 0.0, 1.0, 3.0, math.inf], LAMS):
+    for name, order, alpha, lam in product(DIVERGENCES, ORDERS, [-math.inf, -3.0, -1.0, 0.0, 1.0, 3.0, math.inf], LAMS):
         given = options(name, order=order, alpha=alpha, lam=lam)
         got, want = call(student, teacher, y, isa, ce=0.5, **given), formulas(student, teacher, y, ce=0.5, **given)
         clear = ~want[0].isnan()  # the formulas may meet inf - inf; the kernel gives inf there
@@ -133,13 +134,13 @@ def test_excluded_entries(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_extremes(isa):
+def test_extremes(isa, product):
     student, teacher, y = torch.randn(4, 1100), torch.randn(4, 1100), torch.randint(1100, (4,))
     student[0] += 1e4
     teacher[1] -= 1e4
     student[2:] *= 30
     teacher[2:] *= 30
-    for name, order, alpha in itertools.product(["kl", "js", "ab", "alpha"], ORDERS, ALPHAS):
+    for name, order, alpha in product(["kl", "js", "ab", "alpha"], ORDERS, ALPHAS):
         given = options(name, order=order, alpha=alpha, lam=0.3)
         if name == "alpha":
             given["divergence_alpha"] = 0.5  # exponents that no logits overflow
@@ -179,9 +180,9 @@ def test_dtypes_and_places(isa, student_dtype, teacher_dtype):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("given", SOME)
-def test_coefficients(isa, given):
+def test_coefficients(isa, given, product):
     student, teacher, y = torch.randn(5, 300), torch.randn(5, 300), torch.randint(300, (5,))
-    for g, ce, more in itertools.product([0.0, -1.7], [None, 0.0, 0.8], [{}, {"temperature": 0.5}, {"detach_assistant": True}]):
+    for g, ce, more in product([0.0, -1.7], [None, 0.0, 0.8], [{}, {"temperature": 0.5}, {"detach_assistant": True}]):
         got = call(student, teacher, y, isa, g=g, ce=ce, **(given | more))
         agrees(got, formulas(student, teacher, y, g=g, ce=ce, **(given | more)), 4e-6, 1e-5)
         alone = call(student, teacher, y, isa, ce=ce, gradient=False, **(given | more))
@@ -208,11 +209,9 @@ def test_bits_do_not_depend_on_the_company(threads, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_equal_models(isa):
+def test_equal_models(isa, product):
     logits = torch.randn(3, 5003) * 3
-    for name, order, alpha, lam in itertools.product(
-        DIVERGENCES, ORDERS, [-math.inf, -5.0, -1.0, 0.0, 1.0, 3.0], [0.0, 0.1, 0.9, 1.0]
-    ):
+    for name, order, alpha, lam in product(DIVERGENCES, ORDERS, [-math.inf, -5.0, -1.0, 0.0, 1.0, 3.0], [0.0, 0.1, 0.9, 1.0]):
         # Where the exponents sum to 0, entries of no probability have a gradient too: 5003 times the error of log r.
         limit = 1e-3 if name in ("ab, neither", "ab, sum 0") else 1e-6
         divergence, _, dz = call(logits, logits, None, isa, **options(name, order=order, alpha=alpha, lam=lam))

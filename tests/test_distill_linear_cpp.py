@@ -95,6 +95,7 @@ def check(factors, isa, y=None, rows=None, limit=3e-5, **given):
         assert all(bool((x[left] == 0).all()) for x in (divergence, ce, dh))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("order", ["pr", "qr", "rp", "rq"])
 @pytest.mark.parametrize("divergence", ["kl", "rkl", "js", "ab", "alpha"])
@@ -109,6 +110,7 @@ def test_every_loss(threads, isa, divergence, order):
         check(factors, isa, **given)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("isa,precision", KINDS)
 @pytest.mark.parametrize("tokens,vocab,d,teacher_d", [
     (1, 1, 1, 1), (1, 33, 31, 64), (31, 257, 64, 31), (33, 1000, 1, 64), (100, 257, 31, 1), (100, 1000, 64, 97),
@@ -120,6 +122,7 @@ def test_shapes(threads, isa, precision, tokens, vocab, d, teacher_d):
         check(factors, isa, y, **given)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("isa,precision", KINDS)
 @pytest.mark.parametrize("given", SOME, ids=str)
 def test_several_chunks_of_tokens_and_vocabulary(threads, isa, precision, given):

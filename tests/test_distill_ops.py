@@ -106,6 +106,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("chosen", SETTINGS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_heads_equal_given_logits_equal_the_oracle(at, reduction, chosen):
@@ -128,6 +129,7 @@ HEADS = [
 ]  # fmt: skip
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("options", HEADS)
 def test_softcap_scale_bias(at, options, reduction):
@@ -315,6 +317,7 @@ def test_second_derivative_is_refused(at, reduction):
             grad.sum().backward()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("teacher_vocab", [30, 34])
 def test_compile_fullgraph(at, reduction, teacher_vocab):

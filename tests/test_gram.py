@@ -511,6 +511,23 @@ dist.destroy_process_group()
 """
 
 
+def test_the_parts_of_two_processes_add_up(scorer, monkeypatch):
+    """What either of two processes computes under "sharded", one after the other in this one."""
+    parts = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda table: None)
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        got = gram.estimate(scorer, APART, mode="sharded", debias=False)
+        assert got.mode == "sharded"
+        parts.append(got.gram)
+    monkeypatch.undo()
+    whole = gram.estimate(scorer, APART, debias=False).gram
+    np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
+    assert all(np.abs(part).max() < 0.99 * np.abs(whole).max() for part in parts)
+
+
 @pytest.mark.slow
 def test_sharded_over_processes(scorer, tmp_path):
     APART.save(tmp_path / "eval.parquet")

@@ -256,7 +256,13 @@ def uninterrupted(corpus, tmp_path_factory) -> dict[str, bytes]:
     return content(folder)
 
 
-@pytest.mark.parametrize("moment", [".lock", "plan.json", "tokenizer.json", "part-000000.npz", "part-000003.npz", "data"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "plan.json", "part-000003.npz",
+        *(pytest.param(moment, marks=pytest.mark.slow) for moment in (".lock", "tokenizer.json", "part-000000.npz", "data")),
+    ],
+)  # fmt: skip
 def test_killed_at_any_moment_a_rerun_gives_the_same_bytes(corpus, uninterrupted, tmp_path, moment):
     work = tmp_path / ".d.prepare"
     process = start(corpus, tmp_path / "d")
@@ -310,9 +316,10 @@ def test_other_arguments_do_not_resume(corpus, tmp_path, monkeypatch):
     assert EvalSet.load(folder / "eval.parquet").counts()["code"] == 6
 
 
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
+@pytest.mark.parametrize("share", [2, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.alone])])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, share):
     program = (
-        "import re, sys, threading\nfrom lldfast.data.making import encode\nencode.PART_BYTES = 2_000_000\n"
+        f"import re, sys, threading\nfrom lldfast.data.making import encode\nencode.PART_BYTES = {2_000_000 // share}\n"
         "from lldfast.data.making.prepare import prepare\npeak, done = 0, threading.Event()\n"
         "def watch():\n"
         "    global peak\n"
@@ -327,13 +334,13 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     )  # anonymous memory: pages of mapped files come and go with the page cache
     peaks = []
     for name, copies in (("small", 4), ("large", 16)):  # both have more parts than are worked on at a time
-        once = [(text(d, i, 2000), d) for i in range(130) for d in ("code", "prose")]
+        once = [(text(d, i, 2000), d) for i in range(132 // share) for d in ("code", "prose")]
         inputs = write(tmp_path / f"{name}.jsonl", [(f"{c} {t}", d) for c in range(copies) for t, d in once])
         command = [sys.executable, "-c", program, inputs[0], str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) / 1024)
-    assert (tmp_path / "large.jsonl").stat().st_size > 25e6
-    assert peaks[1] - peaks[0] < 12  # MiB, where the corpus grew by over 25
+    assert (tmp_path / "large.jsonl").stat().st_size > 50e6 / share
+    assert peaks[1] - peaks[0] < 12  # MiB, where the corpus grew by over 18
 
 
 @pytest.mark.parametrize(

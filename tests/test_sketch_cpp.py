@@ -46,6 +46,7 @@ CASES = [
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k,sizes", CASES)
@@ -64,6 +65,7 @@ def test_whole_blocks_of_chunks(threads, isa, k):
     check(threads, torch.zeros(k, dtype=torch.float64), g, 13 * k + 5, isa)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k,n", [(2, 99), (64, 500), (256, 5000), (4096, 10_001), (1 << 17, 10_001)])
@@ -107,6 +109,7 @@ def test_nothing_is_read_or_written_beside(threads, isa, dtype):
         assert bool(table[:100].isnan().all()) and bool(table[100 + k :].isnan().all())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("k", [64, 4096, 32768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

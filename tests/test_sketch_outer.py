@@ -69,6 +69,7 @@ def test_reference(shape, scaled, monkeypatch):
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scaled", [False, True])

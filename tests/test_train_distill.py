@@ -137,7 +137,7 @@ def weights_of(out, method):
     return load_file(out / "methods" / method / "final" / "model.safetensors")
 
 
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("recorded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_interrupted_run_ends_with_the_same_bits(corpus, target, cache, tmp_path, monkeypatch, recorded):
     distill = DistillConfig(cache=str(cache) if recorded else None, preset="srkl", lam_end=0.5)
     make = {"target": TargetConfig(model=str(target)), "distill": distill}
