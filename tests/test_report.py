@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import json
 import re
@@ -208,6 +209,17 @@ def small(tmp_path: Path) -> Path:
     return build_run(tmp_path / "run", domains=PILE[:5], steps=[0, 4, 64], texts_per_domain=4)
 
 
+@pytest.fixture(params=["words", pytest.param("figures", marks=pytest.mark.slow)])
+def words(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that read what is around the figures. By default those are laid out but not drawn, most of a report's time."""
+
+    def undrawn(figure: object, key: str, label: str) -> str:
+        return f'<svg role="img" aria-label="{html.escape(label)}"></svg>'
+
+    if request.param == "words":
+        monkeypatch.setattr("lldfast.report.figures.to_svg", undrawn)
+
+
 def edit(path: Path, **changes: Any) -> None:
     write_json(path, {**read_json(path), **changes})
 
@@ -308,6 +320,7 @@ def test_headline(full: Path, tmp_path: Path) -> None:
     assert headline(load_run(folder)) == "Nothing has been measured yet."
 
 
+@pytest.mark.usefixtures("words")
 def test_disagreement_of_the_measures_is_said_at_the_top(small: Path) -> None:
     summary = read_json(small / "summary.json")
     for row in summary["rows"]:
@@ -340,12 +353,15 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "\x07" not in source
 
 
-def test_the_same_folder_gives_the_same_bytes(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("methods", [["adjusted"], pytest.param(None, marks=pytest.mark.slow)])
+def test_the_same_folder_gives_the_same_bytes(methods: list[str] | None, tmp_path: Path) -> None:
+    small = build_run(tmp_path / "run", methods=methods, domains=PILE[:5], steps=[0, 4, 64], texts_per_domain=4)
     first = write_report(small, tmp_path / "a.html").read_bytes()
     assert write_report(small, tmp_path / "sub" / "b.html").read_bytes() == first
     assert not (small / "report.html").exists()
 
 
+@pytest.mark.usefixtures("words")
 def test_parts_that_are_missing_say_so(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options: dict[str, Any] = {"truth": False, "shared_tokenizer": False, "texts_per_domain": 4}
@@ -366,6 +382,7 @@ def test_parts_that_are_missing_say_so(tmp_path: Path) -> None:
     assert "Weights that owe nothing to an estimate: uniform." in page.text["disclosure"]
 
 
+@pytest.mark.usefixtures("words")
 def test_one_measured_step_and_no_errors_or_gram(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     build_run(folder, domains=PILE[:5], steps=[0], gram=False, errors=False, texts_per_domain=4, licence=None)
@@ -377,6 +394,7 @@ def test_one_measured_step_and_no_errors_or_gram(tmp_path: Path) -> None:
     assert "licence: not recorded; look it up before you publish" in page.text["disclosure"]
 
 
+@pytest.mark.usefixtures("words")
 def test_many_domains_are_split_over_figures(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     domains = [f"{name} {i}" for i in range(2) for name in PILE]
@@ -388,6 +406,7 @@ def test_many_domains_are_split_over_figures(tmp_path: Path) -> None:
     assert {row[0] for row in page.rows if row} >= set(domains)
 
 
+@pytest.mark.usefixtures("words")
 def test_a_run_that_has_not_finished(small: Path) -> None:
     (small / "summary.json").unlink()
     shutil.rmtree(small / "methods" / "adjusted")
@@ -405,6 +424,7 @@ def test_a_run_that_has_not_finished(small: Path) -> None:
     assert next(row for row in page.rows if row and row[0] == "iterative")[1].startswith(number(last["kl"]))
 
 
+@pytest.mark.usefixtures("words")
 def test_missing_loglik_files_and_a_target_on_other_texts(small: Path) -> None:
     for path in (small / "methods" / "uniform" / "loglik").iterdir():
         path.unlink()
@@ -417,6 +437,7 @@ def test_missing_loglik_files_and_a_target_on_other_texts(small: Path) -> None:
     assert "Model map: not shown, iterative at step 0 was scored on other texts than the target." in source
 
 
+@pytest.mark.usefixtures("words")
 def test_no_target_at_all(small: Path) -> None:
     edit(small / "experiment.json", target=None, ground_truth=None, methods=["uniform"])
     (small / "methods" / "uniform" / "metrics.jsonl").write_text("", encoding="utf-8")
@@ -427,6 +448,7 @@ def test_no_target_at_all(small: Path) -> None:
     assert "Distance to a target: not shown, this run has no target." in page.text["distance"]
 
 
+@pytest.mark.usefixtures("words")
 def test_two_stage_weights_and_a_singular_gram(small: Path) -> None:
     path, adjusted = (small / "methods" / name / "weights.json" for name in ("iterative", "adjusted"))
     trajectory = read_json(adjusted)["trajectory"]
@@ -446,7 +468,8 @@ def test_two_stage_weights_and_a_singular_gram(small: Path) -> None:
     assert "G is singular to working precision" in page.text["estimates"]
 
 
-def test_the_map_follows_the_settings(small: Path) -> None:
+def test_the_map_follows_the_settings(tmp_path: Path) -> None:
+    small = build_run(tmp_path / "run", methods=["uniform"], domains=PILE[:5], steps=[0, 4, 64], texts_per_domain=4)
     config = (small / "config.yaml").read_text(encoding="utf-8")
     (small / "config.yaml").write_text(config.replace('"pca"', '"tsne"'), encoding="utf-8")
     assert "t-SNE: neighbours are alike" in write_report(small).read_text(encoding="utf-8")
