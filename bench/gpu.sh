@@ -48,9 +48,9 @@ sweep() {
   step "$name" "$seconds" bash -c 'exec "$@" >>"$0"' "$tables" "$python" "bench/$file" --device cuda --out "$out/$name.json" "$@"
 }
 
-# -P: the tests import what was installed, not the source tree, which has no compiled modules. The overridden addopts name an
-# option of pytest-benchmark, which need not be there.
-tests=("$python" -P -m pytest -q -p no:cacheprovider -o "addopts=--import-mode=importlib" -m "not slow")
+# -P: the tests import what was installed, not the source tree, which has no compiled modules. The overridden addopts name
+# options of pytest-benchmark and pytest-xdist, which need not be there.
+tests=("$python" -P -m pytest -q -p no:cacheprovider -o "addopts=--import-mode=importlib" -m "not slow or pairwise")
 
 step build 180 "$python" -m pip install --quiet --no-build-isolation --no-deps .
 step env 30 bash -c '"$1" -P -m lldfast env | tee "$2"' - "$python" "$out/env.txt"

@@ -1,6 +1,7 @@
 """The two tiers of the tests, and shared fixtures: unwritten memory shows, threads are few, small token shards are at hand.
 
-`pytest` runs the user's tier, which has a witness of every invariant and takes two minutes on two cores; `pytest -m ""` runs everything.
+`pytest` runs the user's tier, which has a witness of every invariant and takes two minutes on two cores. `pytest -m ""` runs
+everything, `pytest -m "not slow or pairwise"` whole products without what is slow by itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from lldfast.ops import native
 
 # Programs that tests start must import the installed package too, not the checkout they are started in, which has no extension.
 os.environ["PYTHONSAFEPATH"] = "1"
+# One thread each: beside other workers more of them would only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeShards = Callable[..., TokenShards]
 
@@ -67,7 +70,7 @@ def cover(rows: Sequence[tuple[Any, ...]]) -> list[int]:
     return sorted(chosen)
 
 
-@pytest.fixture(params=["pairs", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.fixture(params=["pairs", pytest.param("all", marks=[pytest.mark.slow, pytest.mark.pairwise])])
 def product(request: pytest.FixtureRequest) -> Callable[..., list[tuple[Any, ...]]]:
     """product(*values): for loops within a test. Tuples of every pair of values of two arguments; of all, in the slow tier."""
 
@@ -84,8 +87,8 @@ def product(request: pytest.FixtureRequest) -> Callable[..., list[tuple[Any, ...
 def _alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Under pytest-xdist no other test runs beside one that is marked `alone`.
 
-    Every test holds the room for as long as it takes, an `alone` one for itself. All pass the door one by one, and an `alone` test keeps it
-    closed until the room is empty: it would wait for ever where others come and go.
+    Every test holds the room for as long as it takes, an `alone` one for itself. All pass the door one by one, and an `alone` test
+    keeps it closed until the room is empty: it would wait for ever where others come and go.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         yield

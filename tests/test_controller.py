@@ -67,7 +67,9 @@ def test_g_is_in_the_unit_of_delta():
     np.testing.assert_allclose(other.weights[0], adjusted_lld_weights(other.grams[0], other.deltas[0], ridge=ridge or "auto"))
 
 
-@pytest.mark.parametrize("rule", ["mirror", "adjusted", "adjusted-trust", "adjusted-fit"])
+@pytest.mark.parametrize(
+    "rule", ["mirror", "adjusted-fit", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("adjusted", "adjusted-trust"))]
+)
 def test_state_goes_on_where_it_was(rule):
     model = GPT("test-tiny", seed=2)
     whole = controller(rule=rule, tokenizer=TOKENIZER, bootstrap=5)

@@ -278,6 +278,7 @@ def test_precision(precision):
     agrees(got, linear.reference(*rounded, labels))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -88,6 +88,7 @@ def test_the_meeting_of_two_chunks_is_tested(k, n, offset):
     assert len(of) == 2 and of[0] & of[1] and of[1] - of[0]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dots", [0, 1, 2])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
