@@ -87,7 +87,7 @@ def product(request: pytest.FixtureRequest) -> Callable[..., list[tuple[Any, ...
 def _alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Under pytest-xdist no other test runs beside one that is marked `alone`.
 
-    Every test holds the room for as long as it takes, an `alone` one for itself. All pass the door one by one, and an `alone` test
+    Every test holds the room for as long as it takes, an `alone` one for itself. All pass the door one by one, and an `alone` one
     keeps it closed until the room is empty: it would wait for ever where others come and go.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -174,10 +174,10 @@ def test_systematic_counts(shards, raw, seed, batch_size):
             assert count == 0 or weights[domain] > 0
 
 
+@pytest.mark.parametrize("steps", [800, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("draw", ["sequence", "micro_batch", "step"])
-def test_distribution(shards, draw):
+def test_distribution(shards, draw, steps):
     mix = mixture(shards, SKEWED, draw=draw, batch_size=4, micro_batch_size=1, block_size=4)
-    steps = 3000
     counts = np.zeros(4)
     for _ in range(steps):
         domain = mix.next_batch().domain
