@@ -156,7 +156,7 @@ def test_a_command_prints_its_device(scored, capsys, monkeypatch):
 def test_kl_names_the_vector_of_other_texts(scored, capsys):
     assert main(["kl", str(scored / "one-scored.parquet"), str(scored / "two-scored.parquet")]) == 1
     err = capsys.readouterr().err
-    assert "two-scored.parquet against " in err and "different texts" in err
+    assert "different texts: " in err and "one-scored.parquet and " in err and "two-scored.parquet differ at text " in err
 
 
 def test_a_closed_pipe_is_quiet():
