@@ -46,7 +46,7 @@ from lldfast.data.evalset import EvalSet
 from lldfast.gram.estimation import split_groups
 from lldfast.gram.rows import BYTES
 from lldfast.measure.loglik import delta as delta_of
-from lldfast.models.batches import Batch, batches, evaluating, token_logprobs
+from lldfast.models.batches import SegmentBatch, batches, evaluating, token_logprobs
 from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.ops.sketch.fold import fold
 from lldfast.run.config import Config, DataConfig, LLDConfig, LogConfig, ModelConfig, TrainConfig
@@ -73,7 +73,7 @@ class Problem:
     def params(self) -> int:
         return sum(p.numel() for p in self.scorer.module.parameters())
 
-    def passes(self, groups: int, batch_tokens: int) -> list[tuple[int, Batch]]:
+    def passes(self, groups: int, batch_tokens: int) -> list[tuple[int, SegmentBatch]]:
         """(domain, batch), a domain and a group of its texts at a time, as estimate() takes them."""
         segments = self.scorer.tokenize(self.texts)
         text_of = np.array([s.text for s in segments])
@@ -155,7 +155,7 @@ def problem(o: argparse.Namespace) -> Problem:
     return made
 
 
-def group_sums(p: Problem, passes: list[tuple[int, Batch]]) -> Iterator[tuple[int, list[torch.Tensor | None]]]:
+def group_sums(p: Problem, passes: list[tuple[int, SegmentBatch]]) -> Iterator[tuple[int, list[torch.Tensor | None]]]:
     """(domain, gradients of the summed log-likelihood) of each batch; the bare pass is this and nothing done with it."""
     parameters = list(p.scorer.module.parameters())
     with evaluating(p.scorer):
@@ -165,7 +165,7 @@ def group_sums(p: Problem, passes: list[tuple[int, Batch]]) -> Iterator[tuple[in
             p.scorer.module.zero_grad(set_to_none=True)
 
 
-def bare(p: Problem, passes: list[tuple[int, Batch]]) -> None:
+def bare(p: Problem, passes: list[tuple[int, SegmentBatch]]) -> None:
     for _ in group_sums(p, passes):
         pass
 

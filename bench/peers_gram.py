@@ -23,12 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lldfast.models.batches import Batch, token_logprobs
+from lldfast.models.batches import SegmentBatch, token_logprobs
 from lldfast.models.language_model import LanguageModel
 
 BLOCK = 1 << 16  # parameters at a time on a CPU, so that temporaries stay in cache
 
-Pass = Sequence[tuple[int, Batch]]  # (domain, batch) in the order of the passes
+Pass = Sequence[tuple[int, SegmentBatch]]  # (domain, batch) in the order of the passes
 
 
 class CountSketch:
