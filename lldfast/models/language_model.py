@@ -291,21 +291,21 @@ def load_model(
         device = "auto"
     place = None if device is None else pick_device(device)  # told now, not after a long load
     if isinstance(spec, nn.Module):
-        scorer = _from_module(spec, own, bos)
+        model = _from_module(spec, own, bos)
     elif Path(spec).suffix == ".gguf":
-        scorer = _from_gguf(Path(spec), own, dtype, bos)
+        model = _from_gguf(Path(spec), own, dtype, bos)
     elif (Path(spec) / "model.json").is_file():
-        scorer = _from_saved_gpt(Path(spec), own, bos)
-        scorer.module.to(DTYPES[dtype])
+        model = _from_saved_gpt(Path(spec), own, bos)
+        model.module.to(DTYPES[dtype])
     else:
-        scorer = _from_hf(spec, own, dtype, bos)
+        model = _from_hf(spec, own, dtype, bos)
     if context_length is not None:
-        if not 1 <= context_length <= scorer.context_length:
-            raise InputError(f"context_length={context_length} must be in [1, {scorer.context_length}] for {scorer.name}")
-        scorer.context_length = context_length
+        if not 1 <= context_length <= model.context_length:
+            raise InputError(f"context_length={context_length} must be in [1, {model.context_length}] for {model.name}")
+        model.context_length = context_length
     if not isinstance(spec, nn.Module):
-        scorer.module.eval()
-    return scorer if place is None else scorer.to(place)
+        model.module.eval()
+    return model if place is None else model.to(place)
 
 
 def _from_module(module: nn.Module, tokenizer: Tokenizer | None, bos: str) -> LanguageModel:
