@@ -19,7 +19,6 @@ domain. OUT appears by a single rename at the end.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -35,7 +34,7 @@ from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.making.encode import token_hash
 from lldfast.data.making.prepare import verify
-from lldfast.data.mixture import permute
+from lldfast.data.mixture import permute, stream_key
 from lldfast.data.shards import ShardWriter, TokenShards, bad_token_error, write_manifest
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import CorruptError, InputError
@@ -360,7 +359,7 @@ class Prompts:
     def tokens(self, index: int) -> np.ndarray:
         """The prompt of document `index`, int64 [prompt_tokens]."""
         epoch, position = divmod(index, self.n)
-        key = np.array([_key(self.sampling.seed, "prompt", self.domain, epoch)[0]], np.uint64)
+        key = np.array([stream_key(self.sampling.seed, "prompt", self.domain, epoch)[0]], np.uint64)
         piece = int(permute(np.array([position]), np.array([self.n]), key)[0])
         document = int(np.searchsorted(self._pieces, piece, side="right"))
         before = int(self._pieces[document - 1]) if document else 0
@@ -374,15 +373,9 @@ class Prompts:
 
 def uniform(seed: int, domain: str, document: int, shape: tuple[int, ...]) -> np.ndarray:
     """The numbers in [0, 1) that a document's tokens are drawn with, fp64 of a shape: a Philox stream of its own."""
-    generator = np.random.Philox(key=np.array(_key(seed, "sample", domain, document), np.uint64))
+    generator = np.random.Philox(key=np.array(stream_key(seed, "sample", domain, document), np.uint64))
     words = generator.random_raw(math.prod(shape))  # not Generator.random: its stream may change with numpy
     return ((words >> np.uint64(11)) * 2.0**-53).reshape(shape)
-
-
-def _key(*parts: object) -> tuple[int, int]:
-    """Two 64-bit integers that depend on nothing but `parts`."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def _finish(

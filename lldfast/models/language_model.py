@@ -31,12 +31,12 @@ import torch.nn as nn
 import xxhash
 from torch import Tensor
 
-from lldfast.backends import pick_device
+from lldfast.backends import pick_device, require
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_manifest
 from lldfast.errors import InputError
 from lldfast.models import gguf
-from lldfast.models.gguf import file_hash, require
+from lldfast.models.gguf import file_hash
 from lldfast.models.gpt import DTYPES, GPT, read_gpt_json
 from lldfast.ops.chunks import transform_
 
@@ -331,7 +331,7 @@ def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, bos: str) -> Lang
 
 
 def _from_hf(spec: Any, tokenizer: Tokenizer | None, dtype: str, bos: str, **facts: Any) -> LanguageModel:
-    transformers = require("transformers")
+    transformers = require("transformers", "Hugging Face models need")
     path = Path(spec)
     if not path.is_dir() and (path.suffix or path.is_absolute() or str(spec).startswith(".") or str(spec).count("/") > 1):
         raise InputError(f"{spec}: no such model folder")
