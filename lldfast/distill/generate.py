@@ -39,7 +39,7 @@ from lldfast.data.shards import ShardWriter, TokenShards, bad_token_error, write
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
-from lldfast.models.decode import choose, decoder_of, draw_levels
+from lldfast.models.decode import choose_token, decoder_of, draw_levels
 from lldfast.models.language_model import UNLIMITED, LanguageModel, load_model
 from lldfast.ops.sketch.philox import check_seed
 from lldfast.terminal import progress_bar
@@ -321,7 +321,7 @@ def _documents(model: LanguageModel, prompts: Prompts, indices: range, domain: s
             row = int((~torch.isfinite(logits)).any(-1).byte().argmax())
             where = f"domain {domain!r}, document {indices[rows[row]]}, token {at}"
             raise InputError(f"model {model.name}: logits that are not finite ({where})")
-        chosen = choose(logits, uniforms[rows, at - s.prompt_tokens].to(device), s.temperature, s.top_k, s.top_p)
+        chosen = choose_token(logits, uniforms[rows, at - s.prompt_tokens].to(device), s.temperature, s.top_k, s.top_p)
         text[rows, at] = np.where(ends[rows] < at, eot, chosen.cpu().numpy())
         ends[rows[(text[rows, at] == eot) & (ends[rows] == s.length)]] = at
         open_rows = np.flatnonzero(ends[rows] == s.length)

@@ -177,7 +177,9 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return node[:, 0]
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+def choose_token(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
     """The next ids, int64 [B], for logits [B, V] and uniform [B, draw_levels(V)]; temperature 0: the first of the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
