@@ -46,7 +46,7 @@ from lldfast.data.evalset import EvalSet
 from lldfast.gram.estimation import split_groups
 from lldfast.gram.rows import BYTES
 from lldfast.measure.loglik import delta as delta_of
-from lldfast.models.batches import Batch, batches, evaluating, token_logprobs
+from lldfast.models.batches import SegmentBatch, batches, evaluating, token_logprobs
 from lldfast.models.language_model import LanguageModel, load_model
 from lldfast.ops.sketch.fold import fold
 from lldfast.run.config import Config, DataConfig, LLDConfig, LogConfig, ModelConfig, TrainConfig
@@ -62,7 +62,7 @@ Array = np.ndarray
 class Problem:
     """A model, texts with K domains, Delta [K], and the exact answer."""
 
-    scorer: LanguageModel
+    model: LanguageModel
     texts: EvalSet
     delta: Array
     title: str
@@ -71,17 +71,17 @@ class Problem:
 
     @property
     def params(self) -> int:
-        return sum(p.numel() for p in self.scorer.module.parameters())
+        return sum(p.numel() for p in self.model.module.parameters())
 
-    def passes(self, groups: int, batch_tokens: int) -> list[tuple[int, Batch]]:
+    def passes(self, groups: int, batch_tokens: int) -> list[tuple[int, SegmentBatch]]:
         """(domain, batch), a domain and a group of its texts at a time, as estimate() takes them."""
-        segments = self.scorer.tokenize(self.texts)
+        segments = self.model.tokenize(self.texts)
         text_of = np.array([s.text for s in segments])
         found = []
         for row, name in enumerate(self.texts.domains):
             for group in split_groups(self.texts, name, groups):
                 index = np.flatnonzero(np.isin(text_of, group))
-                found += [(row, batch.to(self.scorer.device)) for batch in batches(segments, batch_tokens, index)]
+                found += [(row, batch.to(self.model.device)) for batch in batches(segments, batch_tokens, index)]
         return found
 
     @functools.cached_property
@@ -143,29 +143,29 @@ def problem(o: argparse.Namespace) -> Problem:
     folder = trained(o)
     target = load_model(folder / "methods" / "fixed" / "final", device=o.device)
     which = folder / "methods" / "uniform" / "final" if o.model == "trained" else resolve_location(o.model)
-    scorer = load_model(which, device=o.device)
-    scorer.module.requires_grad_(True)
+    model = load_model(which, device=o.device)
+    model.module.requires_grad_(True)
     texts = EvalSet.load(folder / "data" / "eval.parquet").select("estimate")
     keep = np.concatenate([np.flatnonzero(texts.domain == name)[: o.texts] for name in texts.domains[: o.domains]])
     texts = EvalSet.from_texts([texts.texts[i] for i in keep], texts.domain[keep])
-    delta = np.array(list(delta_of(lld.score(target, texts), lld.score(scorer, texts))[0].values()))
-    made = Problem(scorer, texts, delta, "")
+    delta = np.array(list(delta_of(lld.score(target, texts), lld.score(model, texts))[0].values()))
+    made = Problem(model, texts, delta, "")
     about = f"{len(texts)} texts of {len(delta)} domains, {int(made.tokens.sum())} tokens"
-    made.title = f"{'GPT' if o.model == 'trained' else scorer.name}, P={made.params / 1e6:.1f}M, {about}"
+    made.title = f"{'GPT' if o.model == 'trained' else model.name}, P={made.params / 1e6:.1f}M, {about}"
     return made
 
 
-def group_sums(p: Problem, passes: list[tuple[int, Batch]]) -> Iterator[tuple[int, list[torch.Tensor | None]]]:
+def group_sums(p: Problem, passes: list[tuple[int, SegmentBatch]]) -> Iterator[tuple[int, list[torch.Tensor | None]]]:
     """(domain, gradients of the summed log-likelihood) of each batch; the bare pass is this and nothing done with it."""
-    parameters = list(p.scorer.module.parameters())
-    with evaluating(p.scorer):
+    parameters = list(p.model.module.parameters())
+    with evaluating(p.model):
         for row, batch in passes:
-            token_logprobs(p.scorer, batch).sum().backward()
+            token_logprobs(p.model, batch).sum().backward()
             yield row, [q.grad for q in parameters]
-            p.scorer.module.zero_grad(set_to_none=True)
+            p.model.module.zero_grad(set_to_none=True)
 
 
-def bare(p: Problem, passes: list[tuple[int, Batch]]) -> None:
+def bare(p: Problem, passes: list[tuple[int, SegmentBatch]]) -> None:
     for _ in group_sums(p, passes):
         pass
 
@@ -173,7 +173,7 @@ def bare(p: Problem, passes: list[tuple[int, Batch]]) -> None:
 def exact(p: Problem, o: argparse.Namespace) -> None:
     """Fills p.rows and p.gram, products in fp64."""
     rows = torch.zeros(len(p.delta), p.params)
-    sizes = [q.numel() for q in p.scorer.module.parameters()]
+    sizes = [q.numel() for q in p.model.module.parameters()]
     for row, gradients in group_sums(p, p.passes(1, o.batch_tokens)):
         for part, g in zip(rows[row].split(sizes), gradients, strict=True):
             if g is not None:
@@ -192,8 +192,8 @@ def products(sketch: torch.Tensor) -> Array:
 
 def linear_only(p: Problem) -> Problem:
     """The problem as tools with hooks on linear layers see it: the exact G of these weights alone."""
-    parts = peers.Kronecker(p.scorer, 1, 0).own_columns(p.rows)
-    return Problem(p.scorer, p.texts, p.delta, "", None, sum(products(part.flatten(1)) for part in parts))
+    parts = peers.Kronecker(p.model, 1, 0).own_columns(p.rows)
+    return Problem(p.model, p.texts, p.delta, "", None, sum(products(part.flatten(1)) for part in parts))
 
 
 def folded(rows: torch.Tensor, k: int, seed: int) -> torch.Tensor:
@@ -243,7 +243,7 @@ def error_group(p: Problem, o: argparse.Namespace, save: Callable[[dict[str, Any
         add(over_seeds(p, "CountSketch", k, few, functools.partial(counted, rows, k)))
         if k <= o.dense_k:
             add(over_seeds(p, "dense signs", k, 1, functools.partial(peers.dense_jl, rows, k)))
-        hooks = [peers.Kronecker(p.scorer, k, seed) for seed in range(few)]
+        hooks = [peers.Kronecker(p.model, k, seed) for seed in range(few)]
         row = over_seeds(p, "Kronecker, per layer", k, few, lambda s: hooks[s].rows(rows), hooks[0].k)  # noqa: B023
         row["error_own"] = over_seeds(own, "", k, few, lambda s: hooks[s].rows(rows))["error_g"]  # noqa: B023
         row["k_true"] = hooks[0].k
@@ -258,7 +258,7 @@ def error_group(p: Problem, o: argparse.Namespace, save: Callable[[dict[str, Any
 
 def estimated(p: Problem, o: argparse.Namespace, name: str, **how: Any) -> dict[str, Any]:
     """A row of the error table from estimate() itself; SystemExit where exact rows give another G than ours."""
-    made = lld.gram.estimate(p.scorer, p.texts, debias=False, groups=1, batch_tokens=o.batch_tokens, **how)
+    made = lld.gram.estimate(p.model, p.texts, debias=False, groups=1, batch_tokens=o.batch_tokens, **how)
     if made.domains != p.texts.domains:
         raise SystemExit(f"estimate() has other domains: {made.domains}")
     assert p.gram is not None
@@ -288,7 +288,7 @@ def time_group(p: Problem, o: argparse.Namespace) -> dict[str, Any]:
     common = {"groups": o.groups, "batch_tokens": o.batch_tokens}
 
     def ours(**how: Any) -> Callable[[], Array]:
-        return lambda: np.asarray(lld.gram.estimate(p.scorer, p.texts, **common, **how).gram)
+        return lambda: np.asarray(lld.gram.estimate(p.model, p.texts, **common, **how).gram)
 
     def hooked(made: Any) -> Callable[[], Array]:
         return lambda: products(made.collect(passes, len(p.delta)) / torch.from_numpy(p.tokens).float()[:, None])
@@ -306,10 +306,10 @@ def time_group(p: Problem, o: argparse.Namespace) -> dict[str, Any]:
         Method("estimate(), exact rows", ours(mode="exact", debias=False), 1e-3),
         Method("estimate(), int8 rows", ours(mode="int8", debias=False), 0.1),
         Method("bare forward and backward", functools.partial(bare, p, passes), floor=True),
-        Method("Kronecker hooks, torch", hooked(peers.Kronecker(p.scorer, o.k, 0))),
+        Method("Kronecker hooks, torch", hooked(peers.Kronecker(p.model, o.k, 0))),
     ]
     try:
-        methods.append(Method("bergson, in memory", hooked(peers.Bergson(p.scorer, o.k, 0))))
+        methods.append(Method("bergson, in memory", hooked(peers.Bergson(p.model, o.k, 0))))
     except ImportError as error:
         methods.append(Method("bergson, in memory", absent=str(error)))
     title = f"time, k=2^{o.k.bit_length() - 1}, {o.groups} groups, {p.title}, {o.device}, {o.threads} threads"
@@ -351,7 +351,7 @@ def peers_group(p: Problem, o: argparse.Namespace, save: Callable[[dict[str, Any
     own = linear_only(p)
 
     def bergson(k: int) -> torch.Tensor:
-        return peers.Bergson(p.scorer, k, 0).collect(passes, len(p.delta)) / torch.from_numpy(p.tokens).float()[:, None]
+        return peers.Bergson(p.model, k, 0).collect(passes, len(p.delta)) / torch.from_numpy(p.tokens).float()[:, None]
 
     for k in o.peer_k:
         add("XOR-fold of the rows", k, lambda k: folded(rows, k, 0))

@@ -83,7 +83,9 @@ def forced(logits: torch.Tensor, labels: torch.Tensor, isa: str, train: bool) ->
         return out.logprob
     g, h = torch.full_like(out.lse, -1 / len(logits)), torch.zeros_like(out.lse)
     grad = torch.empty_like(logits)
-    native.logprob_bwd(logits, labels, None, logits.shape[1], None, None, 1.0, out.lse, g, h, grad, g.new_empty(0), isa)
+    native.logprob_bwd(
+        logits, labels, None, logits.shape[1], None, None, 1.0, out.logprob, out.lse, g, h, grad, g.new_empty(0), isa
+    )
     return grad
 
 

@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from lldfast.data.shards import TokenShards
+from lldfast.loop import train_method
 from lldfast.models.gpt import GPT
 from lldfast.run.config import Config, LogConfig, TargetConfig, parse_config
 from lldfast.run.experiment import Experiment
-from lldfast.train import train_method
+from lldfast.run.methods import parse_method
 
 
 def minimal_loop(exp: Experiment, tokens: np.memmap, fused: bool) -> float:
@@ -95,7 +96,7 @@ def main() -> None:
 
         def ours() -> None:
             shutil.rmtree(Path(folder) / "methods", ignore_errors=True)
-            train_method(exp, "uniform")
+            train_method(exp, parse_method("uniform"))
 
         def peer() -> None:
             minimal_loop(exp, tokens, o.fused_peer)

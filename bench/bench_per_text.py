@@ -48,21 +48,21 @@ MODELS = {**PRESETS, "10m": GPTConfig(1024, 1024, 256, 8, 10, 320)}
 def make(model: str, tokens: int, texts: int, device: str) -> tuple[LanguageModel, EvalSet]:
     """Random letters, one token each."""
     letters = np.random.default_rng(0).integers(97, 123, (texts, tokens), dtype=np.uint8)
-    scorer = LanguageModel.from_gpt(GPT(MODELS[model], seed=0), load_tokenizer("bytes")).to(device)
-    return scorer, EvalSet.from_texts([row.tobytes().decode() for row in letters], ["letters"] * texts)
+    lm = LanguageModel.from_gpt(GPT(MODELS[model], seed=0), load_tokenizer("bytes")).to(device)
+    return lm, EvalSet.from_texts([row.tobytes().decode() for row in letters], ["letters"] * texts)
 
 
 class Peer:
     """Rows of gradients of `together` texts at once, each folded."""
 
-    def __init__(self, scorer: LanguageModel, evalset: EvalSet, k: int, together: int, plain: bool) -> None:
-        self.scorer, self.k, self.together, self.plain = scorer, k, together, plain
-        self.ids = torch.tensor(np.stack([s.ids for s in scorer.tokenize(evalset)]), device=scorer.device)
-        self.parameters = {name: p.detach() for name, p in scorer.module.named_parameters()}
-        self.vocab = scorer.vocab_size
+    def __init__(self, lm: LanguageModel, evalset: EvalSet, k: int, together: int, plain: bool) -> None:
+        self.lm, self.k, self.together, self.plain = lm, k, together, plain
+        self.ids = torch.tensor(np.stack([s.ids for s in lm.tokenize(evalset)]), device=lm.device)
+        self.parameters = {name: p.detach() for name, p in lm.module.named_parameters()}
+        self.vocab = lm.vocab_size
 
     def total(self, parameters: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-        hidden = functional_call(self.scorer.module, parameters, (ids[None, :-1],))[0]
+        hidden = functional_call(self.lm.module, parameters, (ids[None, :-1],))[0]
         return -F.cross_entropy(hidden @ parameters["wte.weight"][: self.vocab].T, ids[1:], reduction="sum")
 
     def rows(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ class Peer:
     def __call__(self) -> torch.Tensor:
         out = torch.zeros(len(self.ids), self.k, dtype=torch.float64, device=self.ids.device)
         attention = sdpa_kernel(SDPBackend.MATH) if self.plain else contextlib.nullcontext()
-        with evaluating(self.scorer), warnings.catch_warnings(), attention:
+        with evaluating(self.lm), warnings.catch_warnings(), attention:
             warnings.simplefilter("ignore")  # that the fused attention is a loop
             for first in range(0, len(self.ids), self.together):
                 gradients = self.rows(self.ids[first : first + self.together])
@@ -87,25 +87,25 @@ class Peer:
         return out
 
 
-def ours(scorer: LanguageModel, evalset: EvalSet, k: int, backend: str, batch_tokens: int) -> torch.Tensor:
-    found = per_text(scorer, evalset, k=k, seed=SEED, backend=backend, batch_tokens=batch_tokens)
+def ours(lm: LanguageModel, evalset: EvalSet, k: int, backend: str, batch_tokens: int) -> torch.Tensor:
+    found = per_text(lm, evalset, k=k, seed=SEED, backend=backend, batch_tokens=batch_tokens)
     return torch.from_numpy(found.sketches)
 
 
-def methods(scorer: LanguageModel, evalset: EvalSet, o: argparse.Namespace) -> list[Method]:
+def methods(lm: LanguageModel, evalset: EvalSet, o: argparse.Namespace) -> list[Method]:
     k, n = 1 << o.log2_k, len(evalset)
-    made = [Method("lldfast.gram.per_text", functools.partial(ours, scorer, evalset, k, "auto", o.batch_tokens), LIMIT)]
+    made = [Method("lldfast.gram.per_text", functools.partial(ours, lm, evalset, k, "auto", o.batch_tokens), LIMIT)]
     if o.torch:
-        made.append(Method("lldfast, torch folds", functools.partial(ours, scorer, evalset, k, "torch", o.batch_tokens), LIMIT))
-    made.append(Method("autograd, 1 text at once", Peer(scorer, evalset, k, 1, False)))
+        made.append(Method("lldfast, torch folds", functools.partial(ours, lm, evalset, k, "torch", o.batch_tokens), LIMIT))
+    made.append(Method("autograd, 1 text at once", Peer(lm, evalset, k, 1, False)))
     for together in sorted({min(size, n) for size in (*o.together, n)} - {1}):
-        made.append(Method(f"vmap(grad), {together} at once", Peer(scorer, evalset, k, together, False)))
-        made.append(Method(f"vmap(grad), {together} at once, plain attention", Peer(scorer, evalset, k, together, True)))
+        made.append(Method(f"vmap(grad), {together} at once", Peer(lm, evalset, k, together, False)))
+        made.append(Method(f"vmap(grad), {together} at once, plain attention", Peer(lm, evalset, k, together, True)))
     return made
 
 
-def check_of(scorer: LanguageModel, evalset: EvalSet, k: int) -> Check:
-    wanted = Peer(scorer, evalset, k, 1, True)().cpu()
+def check_of(lm: LanguageModel, evalset: EvalSet, k: int) -> Check:
+    wanted = Peer(lm, evalset, k, 1, True)().cpu()
 
     def check(_: Method, result: torch.Tensor) -> tuple[float, float]:
         off = distance(result.cpu(), wanted)
@@ -115,12 +115,12 @@ def check_of(scorer: LanguageModel, evalset: EvalSet, k: int) -> Check:
 
 
 def bench(model: str, tokens: int, texts: int, o: argparse.Namespace) -> dict[str, Any]:
-    scorer, evalset = make(model, tokens, texts, o.device)
-    size = sum(p.numel() for p in scorer.module.parameters())
+    lm, evalset = make(model, tokens, texts, o.device)
+    size = sum(p.numel() for p in lm.module.parameters())
     title = f"{model} ({size / 1e6:.1f}M parameters), {texts} texts of {tokens} tokens, k=2^{o.log2_k}, {o.device}"
     title += "" if o.device.startswith("cuda") else f", {o.threads} threads"
-    check = check_of(scorer, evalset, 1 << o.log2_k)
-    return run(title, methods(scorer, evalset, o), check, o, 6.0 * size * tokens * texts, "TFLOP/s")
+    check = check_of(lm, evalset, 1 << o.log2_k)
+    return run(title, methods(lm, evalset, o), check, o, 6.0 * size * tokens * texts, "TFLOP/s")
 
 
 def main() -> None:
@@ -145,8 +145,8 @@ def main() -> None:
 @functools.cache
 def small() -> tuple[list[Method], Callable[..., Any]]:
     o = argparse.Namespace(device="cpu", log2_k=12, together=[4], batch_tokens=4096, torch=True)
-    scorer, evalset = make("demo-330k", 48, 16, "cpu")
-    return methods(scorer, evalset, o), check_of(scorer, evalset, 1 << 12)
+    lm, evalset = make("demo-330k", 48, 16, "cpu")
+    return methods(lm, evalset, o), check_of(lm, evalset, 1 << 12)
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,10 @@ def load_texts(path: str | None, n: int) -> EvalSet:
 
 
 def load_pair(name: str, device: str, dtype: str) -> tuple[LanguageModel, torch.nn.Module]:
-    """Our scorer and the transformers model with the same weights."""
+    """Our model and the transformers model with the same weights."""
     if name != "gpt2-124m":
-        scorer = load_model(name, device=device, dtype=dtype)
-        return scorer, scorer.module.to_hf() if isinstance(scorer.module, GPT) else scorer.module
+        lm = load_model(name, device=device, dtype=dtype)
+        return lm, lm.module.to_hf() if isinstance(lm.module, GPT) else lm.module
     gpt = GPT("nano-124m", seed=0)
     ours, theirs = (model.to(device=device, dtype=getattr(torch, dtype)).eval() for model in (gpt, gpt.to_hf()))
     return LanguageModel.from_gpt(ours, load_tokenizer("gpt2"), name="GPT-2 124M"), theirs
@@ -120,18 +120,18 @@ def resident(field: str) -> int:
 
 
 def bench(name: str, texts: EvalSet, o: argparse.Namespace) -> dict[str, object]:
-    scorer, model = load_pair(name, o.device, o.dtype)
-    ids = [([] if scorer.bos_id is None else [scorer.bos_id]) + scorer.tokenizer.encode(text) for text in texts.texts]
-    if max(map(len, ids)) > scorer.context_length:
-        raise SystemExit(f"{name}: a text is longer than the context of {scorer.context_length}; the plain loop has no windows")
+    lm, model = load_pair(name, o.device, o.dtype)
+    ids = [([] if lm.bos_id is None else [lm.bos_id]) + lm.tokenizer.encode(text) for text in texts.texts]
+    if max(map(len, ids)) > lm.context_length:
+        raise SystemExit(f"{name}: a text is longer than the context of {lm.context_length}; the plain loop has no windows")
     lengths = np.array([len(i) - 1 for i in ids])
     tokens = int(lengths.sum())
-    scorer.tokenize(texts)  # tokenising is timed on neither side
+    lm.tokenize(texts)  # tokenising is timed on neither side
     calls: dict[str, Callable[[], np.ndarray]] = {}
     for size in o.batch_sizes:
         calls[f"transformers loop, batch {size}"] = lambda size=size: plain_loop(model, ids, size, o.device)
     for budget in o.batch_tokens:
-        calls[f"score(), batch_tokens {budget}"] = lambda budget=budget: score(scorer, texts, batch_tokens=budget).logprob
+        calls[f"score(), batch_tokens {budget}"] = lambda budget=budget: score(lm, texts, batch_tokens=budget).logprob
     seconds: dict[str, list[float]] = {key: [] for key in calls}
     processor: dict[str, list[float]] = {key: [] for key in calls}
     peak: dict[str, float] = dict.fromkeys(calls, 0.0)
@@ -146,7 +146,7 @@ def bench(name: str, texts: EvalSet, o: argparse.Namespace) -> dict[str, object]
     median = {key: statistics.median(times) for key, times in seconds.items()}
     best = {kind: min((k for k in calls if k.startswith(kind)), key=median.__getitem__) for kind in ("transformers", "score")}
     device = torch.cuda.get_device_name() if o.device.startswith("cuda") else platform.processor() or platform.machine()
-    print(f"\n{scorer.name}: {len(texts)} texts, {tokens} tokens, {o.dtype}, {device}, {o.threads} threads, {o.rounds} rounds")
+    print(f"\n{lm.name}: {len(texts)} texts, {tokens} tokens, {o.dtype}, {device}, {o.threads} threads, {o.rounds} rounds")
     for key in calls:
         gap = np.abs(values[key] - exact)
         cpu = statistics.median(processor[key])
@@ -157,7 +157,7 @@ def bench(name: str, texts: EvalSet, o: argparse.Namespace) -> dict[str, object]
     ratio = median[best["transformers"]] / median[best["score"]]
     memory = f"{peak[best['score']]:.0f} MiB against {peak[best['transformers']]:.0f} MiB"
     print(f"  score() is {ratio:.2f} times as fast as the best transformers loop, with {memory}")
-    facts = {"model": scorer.identity, "tokens": tokens, "threads": o.threads, "device": device, "ratio": ratio}
+    facts = {"model": lm.identity, "tokens": tokens, "threads": o.threads, "device": device, "ratio": ratio}
     return {**facts, "seconds": seconds, "processor_seconds": processor, "peak_mib": peak}
 
 

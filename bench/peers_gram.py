@@ -23,12 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lldfast.models.batches import Batch, token_logprobs
+from lldfast.models.batches import SegmentBatch, token_logprobs
 from lldfast.models.language_model import LanguageModel
 
 BLOCK = 1 << 16  # parameters at a time on a CPU, so that temporaries stay in cache
 
-Pass = Sequence[tuple[int, Batch]]  # (domain, batch) in the order of the passes
+Pass = Sequence[tuple[int, SegmentBatch]]  # (domain, batch) in the order of the passes
 
 
 class CountSketch:
@@ -120,8 +120,8 @@ def last(rows: Tensor, k: int, seed: int) -> Tensor:
 class Kronecker:
     """`B (sum_t b_t a_t^T) A^T` of every linear layer, A [p, I] and B [p, O] with normal entries of variance 1 / p."""
 
-    def __init__(self, scorer: LanguageModel, k: int, seed: int) -> None:
-        self.scorer, module = scorer, scorer.module
+    def __init__(self, model: LanguageModel, k: int, seed: int) -> None:
+        self.model, module = model, model.module
         head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
         self.layers = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and m is not head}
         self.p = max(round((k / len(self.layers)) ** 0.5), 1)
@@ -170,13 +170,13 @@ class Kronecker:
 
             return hook
 
-        with frozen(self.scorer):
+        with frozen(self.model):
             handles = [m.register_forward_hook(keep(n)) for n, m in self.layers.items()]
             handles += [m.register_full_backward_hook(project(n)) for n, m in self.layers.items()]
             try:
                 for domain, batch in passes:
                     row = domain
-                    token_logprobs(self.scorer, batch).sum().backward()
+                    token_logprobs(self.model, batch).sum().backward()
             finally:
                 for handle in handles:
                     handle.remove()
@@ -184,9 +184,9 @@ class Kronecker:
 
 
 @contextlib.contextmanager
-def frozen(scorer: LanguageModel) -> Iterator[None]:
+def frozen(model: LanguageModel) -> Iterator[None]:
     """No weight wants a gradient, only what follows the embedding: as these tools run, and it saves a third of the work."""
-    module = scorer.module
+    module = model.module
     wanted = [p for p in module.parameters() if p.requires_grad]
     embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else module.wte
     handle = embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
@@ -240,12 +240,12 @@ def dattri_mask(rows: Tensor, k: int, seed: int) -> Tensor:
 class Bergson:
     """bergson's in-memory collector with its default per-module projection, on our batches and our loss."""
 
-    def __init__(self, scorer: LanguageModel, k: int, seed: int) -> None:
+    def __init__(self, model: LanguageModel, k: int, seed: int) -> None:
         bergson, why = package("bergson", "bergson")
         if bergson is None:
             raise ImportError(why)
-        self.bergson, self.scorer, self.seed = bergson, scorer, seed
-        self.layers = Kronecker(scorer, k, seed).layers
+        self.bergson, self.model, self.seed = bergson, model, seed
+        self.layers = Kronecker(model, k, seed).layers
         self.p = max(round((k / len(self.layers)) ** 0.5), 1)
         self.k = self.p**2 * len(self.layers)
 
@@ -257,7 +257,7 @@ class Bergson:
         data = Dataset.from_dict({"input_ids": [[0]] * texts})
         settings = {"projection_dim": self.p, "projection_type": "normal", "projection_seed": self.seed}
         collector = self.bergson.InMemoryCollector(
-            model=self.scorer.module,
+            model=self.model.module,
             data=data,
             cfg=self.bergson.IndexConfig(run_path="unused", **settings),
             processor=self.bergson.GradientProcessor(**settings),
@@ -265,10 +265,10 @@ class Bergson:
         )
         domain_of, done = [], 0
         # the collector asks the parameters for the dtype of gradients before they are frozen
-        with frozen(self.scorer):
+        with frozen(self.model):
             for domain, batch in passes:
                 with collector.with_batch(batch.labels != -100):
-                    total = token_logprobs(self.scorer, batch).sum(1)
+                    total = token_logprobs(self.model, batch).sum(1)
                     total.sum().backward()
                 index = list(range(done, done + len(batch.ids)))
                 collector.process_batch(index, losses=total)

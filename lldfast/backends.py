@@ -56,6 +56,21 @@ def compiled_module(name: str) -> ModuleType | None:
         raise MissingDependencyError(f"{full} is installed but does not load ({error}); reinstall lldfast") from error
 
 
+def require(package: str, purpose: str) -> Any:
+    """An optional package, imported.
+
+    Args:
+        purpose: what the message begins with: "this tokenizer needs".
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingDependencyError(f"{purpose} the package {package}: pip install {package} ({error})") from error
+
+
 @functools.cache
 def extension() -> ModuleType | None:
     """lldfast._C, or None where it was not built (LLDFAST_PURE=1, or a source tree that hides the installed package).

@@ -14,7 +14,6 @@ controller.save("recipe.json")               # eq. (8)'s recipe for pass 2, and 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.errors import InputError, renamed_arguments
+from lldfast.errors import InputError, deprecated, renamed_arguments
 from lldfast.files import atomic_path
 from lldfast.gram.options import GramOptions
 from lldfast.gram.step import GRAM_OPTIONS, estimate_step, info_line
@@ -135,8 +134,8 @@ class LLDController:
             return None
         if self.estimated_at and step <= self.estimated_at[-1]:
             raise InputError(f"step {step} comes after an estimate at step {self.estimated_at[-1]}")
-        scorer = self._scorer(model)
-        base = score(scorer, self.evalset, batch_tokens=self.batch_tokens)
+        lm = self._language_model(model)
+        base = score(lm, self.evalset, batch_tokens=self.batch_tokens)
         by_domain, _ = delta(self.target, base, per=self.per)
         values = np.array([by_domain[name] for name in self.domains])
         progress = step / self.total_steps
@@ -144,7 +143,7 @@ class LLDController:
         info: dict[str, Any] | None = None
         if self.rule.needs_gram:
             gram, info, self.gram_seconds = estimate_step(
-                scorer,
+                lm,
                 self.evalset,
                 self.rule,
                 values,
@@ -170,12 +169,12 @@ class LLDController:
         self.weights.append(weights)
         if replicates is not None:
             self.replicates.append(replicates)
-        return dict(zip(self.domains, self.weights[-1].tolist(), strict=True))
+        return self._named(weights)
 
     @property
     def steps(self) -> list[int]:
         """Deprecated name of `estimated_at`."""
-        warnings.warn("LLDController.steps is now called estimated_at", DeprecationWarning, stacklevel=2)
+        deprecated("LLDController.steps", "estimated_at")
         return self.estimated_at
 
     def gram_line(self) -> str:
@@ -195,7 +194,7 @@ class LLDController:
     def _step_grams(self) -> list[StepGram | None]:
         return [step_gram(gram, info, self.domains) for gram, info in zip(self.grams, self.gram_info, strict=True)]
 
-    def _scorer(self, model: LanguageModel | GPT) -> LanguageModel:
+    def _language_model(self, model: LanguageModel | GPT) -> LanguageModel:
         if isinstance(model, LanguageModel):
             return model
         model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
@@ -227,18 +226,19 @@ class LLDController:
     def aggregate(self, *, method: str = "geometric", step_weights: str | None = None) -> dict[str, float]:
         """The fixed recipe wbar of eq. (8): "equal" step weights (the paper), or "elapsed" ones (default for mirror).
 
-        The geometric mean of "adjusted-fit", whose weights have zeros, is replaced by the arithmetic one (`rules.aggregation`).
+        The geometric mean of "adjusted-fit", whose weights have zeros, is replaced by the arithmetic one (see
+        `lldfast.weights.recipe.aggregation`).
         """
         if not self.estimated_at:
             raise InputError("there is no estimate to aggregate: LLDController.step was never called at a step of S")
-        plan = combine(
+        recipe = combine(
             self.estimated_at,
             self.total_steps,
             np.stack(self.weights),
             aggregate=aggregation(self.rule.name, method),
             step_weights=step_weights or default_step_weights(self.rule.name),
         )
-        return dict(zip(self.domains, plan[0][1].tolist(), strict=True))
+        return self._named(recipe[0][1])
 
     def aggregate_errors(self, *, method: str = "geometric", step_weights: str | None = None) -> dict[str, float] | None:
         """Standard errors of `aggregate` over texts; None without bootstrap."""
@@ -250,7 +250,7 @@ class LLDController:
         errors = recipe_errors(
             self.rule, self.estimated_at, self.total_steps, stack, self._step_grams(), aggregate=mean, step_weights=how
         )
-        return dict(zip(self.domains, errors.tolist(), strict=True))
+        return self._named(errors)
 
     def trajectory(self) -> list[dict[str, Any]]:
         """One JSON-able entry per estimate: step, delta, delta_se, weights, gram, gram_info, effective_domains.
@@ -334,7 +334,7 @@ class LLDController:
         stack = np.stack(self.replicates).transpose(1, 0, 2)  # [B, S, K]
         kept = self._step_grams()
         errors = standard_errors(stack, lambda deltas: replay(self.rule, self.estimated_at, self.total_steps, deltas, kept)[-1])
-        return dict(zip(self.domains, errors.tolist(), strict=True))
+        return self._named(errors)
 
     def save_replicates(self, path: str | Path) -> None:
         """Bootstrap replicates as .npz (steps [S], deltas [S, B, K]): offline recomputation takes its error bars from them."""

@@ -41,7 +41,6 @@ def train_method(exp: Experiment, method: Method) -> None:
     training = Training(exp, method)
     plan, mixture = training.plan, training.mixture
     measure_at = measured_steps(exp)
-    training.start_clock()
     for step in range(training.start, t.steps):
         # 1. weights: Algorithm 1 estimates them where step is in S; a recipe of two stages changes them once
         weights = plan.at(step)
@@ -94,7 +93,7 @@ class Training:
         windows = teacher.windows if isinstance(teacher, TeacherCache) else None  # a recorded teacher knows these alone
         self.model = exp.new_model()
         self.forward: Any = torch.compile(self.model) if t.compile else self.model
-        self.scorer = LanguageModel.from_gpt(self.model, exp.tokenizer, name=f"{method.name}, seed {config.seed}")
+        self.language_model = LanguageModel.from_gpt(self.model, exp.tokenizer, name=f"{method.name}, seed {config.seed}")
         self.optimizer = make_optimizer(self.model, t)
         self.mixture = DomainMixture(
             exp.shards,
@@ -122,8 +121,9 @@ class Training:
         if self.start:
             self.log.say(f"resumed at step {self.start}")
         self.metrics = JsonlLog(self.folder.metrics, keep=lambda record: record["step"] < self.start)
-        self.plan.bind(self.scorer, self.optimizer, self.log.say)
-        self.start_clock()
+        self.plan.bind(self.language_model, self.optimizer, self.log.say)
+        self._began = time.perf_counter()
+        self._start_window()
 
     def _resume(self) -> None:
         """Go on from the last checkpoint, where there is one."""
@@ -148,10 +148,6 @@ class Training:
             arrays=self.exp.place.rng_state() | self.plan.state_dict(),
         )
 
-    def start_clock(self) -> None:
-        self._began = time.perf_counter()
-        self._start_window()
-
     def _start_window(self) -> None:
         """Begin to count the tokens per second of the next record."""
         self._window_began, self._window_tokens = time.perf_counter(), 0
@@ -165,7 +161,7 @@ class Training:
 
     def measure(self, step: int) -> dict[str, Any]:
         """One record of metrics.jsonl; empty without a target."""
-        record = measure(self.exp, self.scorer, step, self.folder, self.weights_in_force())
+        record = measure(self.exp, self.language_model, step, self.folder, self.weights_in_force())
         if record is not None:
             self.metrics.write(record)
             self.log.measured(record)

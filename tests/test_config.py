@@ -171,7 +171,7 @@ def test_method_names():
 
 def test_gram_options_on_the_command_line():
     c = parse_config(["--gram.mode", "fold", "--gram.k", "65536", "--gram.budget_mb=1.5", "--gram.precondition=adamw"])
-    assert c.gram.options() == {
+    assert c.gram.keywords() == {
         "mode": "fold",
         "k": 65536,
         "groups": 8,
@@ -181,7 +181,7 @@ def test_gram_options_on_the_command_line():
         "target_kl": 1e-4,
         "batch_tokens": 4096,
     }
-    plain = GramConfig().options()
+    plain = GramConfig().keywords()
     assert plain["precondition"] is None and plain["budget_bytes"] is None and plain["k"] == "auto"
     assert parse_config(["--gram.k=auto", "--gram.groups=1", "--gram.debias=false"]).gram.groups == 1
     fit = parse_config(["--lld.fit_step=0.5", "--lld.radius", "0.02"]).lld.rule("adjusted-fit", (0.5, 0.5))

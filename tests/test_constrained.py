@@ -23,7 +23,7 @@ def random_gram(k: int, rank: int | None = None, seed: int = 0) -> np.ndarray:
 
 
 class Estimate:
-    """What gram.estimate returns, as far as weights.py reads it."""
+    """What gram.estimate returns, as far as `HasGram` asks for it."""
 
     def __init__(self, domains, gram, ridge=None, drift=None):
         self.domains, self.gram, self.ridge, self.drift = domains, np.asarray(gram), ridge, drift

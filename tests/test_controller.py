@@ -156,7 +156,7 @@ def test_options_are_stated_once():
     names = [f.name for f in dataclasses.fields(GramOptions)]
     assert (
         list(option_help(GramOptions)) == names == [f.name for f in dataclasses.fields(GramConfig)]
-        and GramConfig().options() == defaults
+        and GramConfig().keywords() == defaults
     )
 
 
@@ -171,7 +171,7 @@ def test_options_of_the_estimate(fake):
     found = fake()
     model = GPT("test-tiny", seed=0)
     optimizer = torch.optim.AdamW(model.parameters())
-    options = GramConfig(mode="fold", k=1024, budget_mb=2, precondition="adamw", batch_tokens=77, target_kl=0.5).options()
+    options = GramConfig(mode="fold", k=1024, budget_mb=2, precondition="adamw", batch_tokens=77, target_kl=0.5).keywords()
     c = controller(rule=Rule("adjusted", tau=0.5), gram_options=options, seed=7)
     for step in (0, 2):
         c.step(step, BASE, optimizer)

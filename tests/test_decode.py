@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lldfast.errors import InputError
-from lldfast.models.decode import GPTDecoder, HFDecoder, choose, draw, draw_levels, probabilities
+from lldfast.models.decode import GPTDecoder, HFDecoder, choose_token, draw, draw_levels, probabilities
 from lldfast.models.gpt import GPT, GPTConfig
 
 TINY = GPTConfig(vocab_size=128, valid_vocab=101, block_size=24, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
@@ -125,7 +125,7 @@ def test_frequencies_are_those_of_the_distribution():
     n = 40_000
     uniform = numbers(n, draw_levels(6))
     for temperature in (1.0, 0.5, 3.0):
-        counts = choose(logits.expand(n, -1), uniform, temperature).bincount(minlength=6)
+        counts = choose_token(logits.expand(n, -1), uniform, temperature).bincount(minlength=6)
         p = (logits.double() / temperature).softmax(0)
         assert ((counts - n * p).abs() <= 4 * (n * p * (1 - p)).sqrt() + 1e-6).all()
 
@@ -133,9 +133,9 @@ def test_frequencies_are_those_of_the_distribution():
 def test_temperature_zero_is_the_argmax():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     logits[0, [4, 9]] = 10.0
-    got = choose(logits, numbers(50, 5), temperature=0)
+    got = choose_token(logits, numbers(50, 5), temperature=0)
     assert torch.equal(got, logits.argmax(-1)) and got[0] == 4
-    assert torch.equal(choose(logits[1:], numbers(49, 5), temperature=1e-9), got[1:])
+    assert torch.equal(choose_token(logits[1:], numbers(49, 5), temperature=1e-9), got[1:])
 
 
 def test_top_k_and_top_p_restrict_exactly():
@@ -148,7 +148,7 @@ def test_top_k_and_top_p_restrict_exactly():
     # the share is that of the k tokens: 0.4 / 0.85 = 0.47
     assert kept(top_k=3, top_p=0.46) == [1] and kept(top_k=3, top_p=0.48) == [1, 4]
     assert (probabilities(torch.zeros(1, 7), top_k=3) > 0).sum() == 3  # whatever the ties
-    counts = choose(p.log().expand(2000, -1), numbers(2000, 3), top_k=3).bincount(minlength=5)
+    counts = choose_token(p.log().expand(2000, -1), numbers(2000, 3), top_k=3).bincount(minlength=5)
     assert counts[0] == counts[3] == 0
     assert ((counts / 2000 - torch.tensor([0, 0.4, 0.2, 0, 0.25]) / 0.85).abs() < 4 * 0.5 / 2000**0.5).all()
 

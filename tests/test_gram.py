@@ -17,7 +17,7 @@ from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import CorruptError, InputError, TrainingError
 from lldfast.gram.debias import domain_gram
-from lldfast.gram.estimation import choose, split_groups
+from lldfast.gram.estimation import choose_storage, split_groups
 from lldfast.gram.rows import GradientRows
 from lldfast.gram.sketch_error import expected_weight_kl, relative_error
 from lldfast.measure.score import score
@@ -305,20 +305,23 @@ def test_auto_takes_the_most_accurate_that_fits():
     beside = 8 * 2**14 * groups
 
     def mode(budget):
-        return choose("auto", "auto", k, groups, size, budget, 1e-4).mode
+        return choose_storage("auto", "auto", k, groups, size, budget, 1e-4).mode
 
     assert mode(None) == "exact"
     assert mode(4 * size * k + beside) == "exact"
     assert mode(4 * size * k + beside - 1) == "bf16"
     assert mode(2 * size * k + beside - 1) == "int8"
     assert mode(int(1.03125 * size * k) + beside - 1) == "int4"
-    plan = choose("auto", "auto", k, groups, size, 60 << 20, 1e-4)
+    plan = choose_storage("auto", "auto", k, groups, size, 60 << 20, 1e-4)
     assert plan.mode == "fold" and plan.k == 2**16 and plan.bytes <= 60 << 20
-    assert choose("fold", "auto", k, groups, size, None, 1e-2).k < choose("fold", "auto", k, groups, size, None, 1e-5).k
+    assert (
+        choose_storage("fold", "auto", k, groups, size, None, 1e-2).k
+        < choose_storage("fold", "auto", k, groups, size, None, 1e-5).k
+    )
     with pytest.raises(InputError, match="budget is 1,000"):
-        choose("auto", "auto", k, groups, size, 1000, 1e-4)
+        choose_storage("auto", "auto", k, groups, size, 1000, 1e-4)
     with pytest.raises(InputError, match="distributed"):
-        choose("sharded", "auto", k, groups, size, None, 1e-4)
+        choose_storage("sharded", "auto", k, groups, size, None, 1e-4)
 
 
 @pytest.mark.parametrize("mode", ["exact", "fold"])

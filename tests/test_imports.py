@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -171,6 +172,17 @@ def modules_after(statement: str) -> set[str]:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return {name.split(".")[0] for name in done.stdout.split()}
+
+
+def test_what_benchmarks_and_examples_import_is_there(repository):
+    """No other test runs the benchmarks."""
+    for path in sorted([*repository.glob("bench/*.py"), *repository.glob("examples/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("lldfast", "lldfast_kernels"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    found = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                    assert found, f"{path}:{node.lineno}: {node.module} has no {alias.name}"
 
 
 def test_importing_lldfast_is_light():

@@ -12,7 +12,6 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lldfast.data import tokenizer as module
 from lldfast.data.gpt2bpe import GPT2_FILES, GPT2_URL
 from lldfast.data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, tokenizer_from_manifest, train_bpe
 from lldfast.errors import CorruptError, InputError, MissingDependencyError
@@ -259,7 +258,7 @@ def test_missing_library_is_named(monkeypatch):
     def absent(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(module.importlib, "import_module", absent)
+    monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(MissingDependencyError, match="pip install tokenizers"):
         train_bpe(["text"], 300)
 

@@ -43,14 +43,14 @@ def run(options: argparse.Namespace) -> None:
     evalset = evalset_of(options)
     part = options.part or ("estimate" if "estimate" in evalset.part else "all")
     evalset = evalset if part == "all" else evalset.select(part)
-    scorer = model_of(options)
+    model = model_of(options)
     shift = None
     if options.target is not None:
         target = LoglikVector.load(options.target)
         target = target if part == "all" else target.select(part)
-        shift = delta(target, score(scorer, evalset, progress=True))[0]
+        shift = delta(target, score(model, evalset, progress=True))[0]
     found = gram.estimate(
-        scorer,
+        model,
         evalset,
         **GramOptions(**values_of(options, GramOptions)).keywords(),
         seed=options.seed,

@@ -89,7 +89,7 @@ def find_trajectory(run: Path, method: str | None) -> Path:
     written = [each for each in folder.methods() if each.weights.exists()]
     found = [each for each in written if WeightsFile.load(each.weights).trajectory]
     if not found:
-        raise InputError(f"{run} has no finished method with stored Delta_t (0 methods)")
+        raise InputError(f"{run} has no finished method with stored Delta_t")
     if len(found) != 1:
         names = ", ".join(each.name for each in found)
         raise InputError(f"{run} has {len(found)} methods with stored Delta_t ({names}): choose one by --method")

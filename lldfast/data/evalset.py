@@ -2,7 +2,7 @@
 
 A text is a chunk of at most 1,024 UTF-8 bytes of a document that training never sees. Its part says what it is for:
 "estimate" texts give the differences Delta from which weights are computed, "measure" texts judge the result. `lldfast
-prepare` builds the file (rules in prepare.py); `EvalSet.from_texts` wraps texts of your own.
+prepare` builds the file (making/evalplan.py chooses the texts); `EvalSet.from_texts` wraps texts of your own.
 """
 
 from __future__ import annotations

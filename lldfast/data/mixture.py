@@ -199,7 +199,7 @@ class DomainMixture:
     def _draw_domains(self) -> np.ndarray:
         """The domain of each row of the whole step, int64 [batch_size]."""
         n = {"sequence": self.batch_size, "micro_batch": self.batch_size // self.micro_batch_size, "step": 1}[self.draw]
-        key = np.array(_key(self.seed, "draw", self.step), dtype=np.uint64)
+        key = np.array(stream_key(self.seed, "draw", self.step), dtype=np.uint64)
         raw = np.random.Philox(key=key).random_raw(n + 1)
         uniforms = (raw >> np.uint64(11)) * 2.0**-53
         points = (uniforms[0] + np.arange(n)) / n if self.draw == "sequence" else uniforms[1:]
@@ -229,7 +229,7 @@ class DomainMixture:
         if pair not in self._epochs:
             if len(self._epochs) > 16 * len(self.domains):
                 self._epochs.clear()
-            self._epochs[pair] = _key(self.seed, "order", self.domains[domain], epoch)
+            self._epochs[pair] = stream_key(self.seed, "order", self.domains[domain], epoch)
         return self._epochs[pair]
 
     def _gather(self, domain: np.ndarray, start: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -337,8 +337,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(*parts: object) -> tuple[int, int]:
-    """Two 64-bit integers that depend on nothing but `parts`, on every machine and version."""
+def stream_key(*parts: object) -> tuple[int, int]:
+    """Key of a stream of random numbers: two 64-bit integers that depend on `parts` alone, on every machine and version."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 

@@ -9,8 +9,8 @@ and GPT-2's BPE has one hash whether it comes from tiktoken or from a Hugging Fa
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from lldfast.backends import require
 from lldfast.data.gpt2bpe import EOT, byte_alphabet, is_gpt2, load_gpt2_files
 from lldfast.errors import CorruptError, InputError, LLDError, MissingDependencyError
 from lldfast.files import atomic_path, read_json
@@ -31,6 +32,8 @@ DOCUMENT_END = (EOT, "<|end_of_text|>")
 KNOWN_EOS = ("</s>", "<eos>", "[EOS]")
 
 Ids = npt.NDArray[np.uint32]
+
+_require = functools.partial(require, purpose="this tokenizer needs")
 
 
 class Tokenizer:
@@ -391,13 +394,6 @@ def _download(name: str) -> Path:
     except Exception as error:  # network and HTTP libraries raise classes of their own
         known = "gpt2, bytes, a tokenizer.json, a Hugging Face folder or a hub id"
         raise InputError(f"tokenizer {name!r} is none of {known} (the hub answered: {type(error).__name__}: {error})") from error
-
-
-def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError(f"this tokenizer needs the package {module}: pip install {module} ({error})") from error
 
 
 def _hash(content: Any) -> str:

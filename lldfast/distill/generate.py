@@ -1,6 +1,6 @@
 """`lldfast generate`: text that a model writes, as token shards to train on (sequence-level distillation, Kim & Rush 2016).
 
-    OUT/shards/, eval.parquet, tokenizer.json, prepare.json    a data folder like any other (prepare.py)
+    OUT/shards/, eval.parquet, tokenizer.json, prepare.json    a data folder like any other (data/making)
     OUT/generate.json                                          which model wrote it, how it was drawn, counts
 
 Every document is a prompt, its continuation and the end-of-text token. The documents of a domain are cut into pieces of `length`
@@ -19,7 +19,6 @@ domain. OUT appears by a single rename at the end.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -35,12 +34,12 @@ from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.making.encode import token_hash
 from lldfast.data.making.prepare import verify
-from lldfast.data.mixture import permute
+from lldfast.data.mixture import permute, stream_key
 from lldfast.data.shards import ShardWriter, TokenShards, bad_token_error, write_manifest
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
-from lldfast.models.decode import choose, decoder_of, draw_levels
+from lldfast.models.decode import choose_token, decoder_of, draw_levels
 from lldfast.models.language_model import UNLIMITED, LanguageModel, load_model
 from lldfast.ops.sketch.philox import check_seed
 from lldfast.terminal import progress_bar
@@ -110,15 +109,15 @@ def generate(
     _check_arguments(prompt_tokens, temperature, top_k, top_p, seed)
     source, evalset = _source(shards)
     evalset = evalset.select(domains=list(wanted))
-    given = isinstance(model, LanguageModel)
-    scorer = model if given else load_model(model, device=device, dtype=dtype)
-    shards.check_tokenizer(scorer.tokenizer.describe(), f"model {scorer.name}")
-    length = _length(length, prompt_tokens, scorer)
-    first, vocab = _first_token(scorer), min(scorer.vocab_size, shards.vocab_size)
+    if not isinstance(model, LanguageModel):
+        model = load_model(model, device=device, dtype=dtype)
+    shards.check_tokenizer(model.tokenizer.describe(), f"model {model.name}")
+    length = _length(length, prompt_tokens, model)
+    first, vocab = _first_token(model), min(model.vocab_size, shards.vocab_size)
     sampling = Sampling(prompt_tokens, length, float(temperature), top_k, float(top_p), seed, first, vocab)
-    if scorer.vocab_size < shards.vocab_size:
-        raise InputError(f"model {scorer.name} has {scorer.vocab_size} ids, the tokenizer of {shards.path} {shards.vocab_size}")
-    identity = scorer.identity
+    if model.vocab_size < shards.vocab_size:
+        raise InputError(f"model {model.name} has {model.vocab_size} ids, the tokenizer of {shards.path} {shards.vocab_size}")
+    identity = model.identity
     config = {
         "model": {key: identity[key] for key in ("hash", "dtype")},
         "source": {"corpus_hash": shards.corpus_hash, "evalset_hash": evalset.hash},
@@ -131,9 +130,9 @@ def generate(
     with folder_lock(work):
         try:
             if not _is_done(out, config):
-                found = _generated(scorer, shards, work, config, sampling, batch_size, set(source["held_out"]), progress)
+                found = _generated(model, shards, work, config, sampling, batch_size, set(source["held_out"]), progress)
                 about = {"model": identity, "licence": identity["licence"]}
-                about |= {"batch_size": batch_size, "device": str(scorer.device)}
+                about |= {"batch_size": batch_size, "device": str(model.device)}
                 _finish(work / "data", shards, evalset, source, found, config, about)
                 _publish(work / "data", out)
             shutil.rmtree(work)
@@ -189,25 +188,25 @@ def _check_arguments(prompt_tokens: Any, temperature: Any, top_k: Any, top_p: An
     check_seed(seed)
 
 
-def _length(length: Any, prompt_tokens: int, scorer: LanguageModel) -> int:
+def _length(length: Any, prompt_tokens: int, model: LanguageModel) -> int:
     """Most tokens of a document. With a first token before it its last token is no input, so that it fits the context."""
     if length is None:
-        if scorer.context_length >= UNLIMITED:
-            raise InputError(f"model {scorer.name} has no context length: give length")
-        length = scorer.context_length
+        if model.context_length >= UNLIMITED:
+            raise InputError(f"model {model.name} has no context length: give length")
+        length = model.context_length
     if isinstance(length, bool) or not isinstance(length, int):
         raise InputError(f"length must be an integer, got {length!r}")
-    if length > scorer.context_length:
-        raise InputError(f"length={length} is more than the context of model {scorer.name}, {scorer.context_length}")
+    if length > model.context_length:
+        raise InputError(f"length={length} is more than the context of model {model.name}, {model.context_length}")
     if prompt_tokens >= length:
         raise InputError(f"prompt_tokens={prompt_tokens} must be less than length={length}: nothing would be generated")
     return length
 
 
-def _first_token(scorer: LanguageModel) -> int | None:
-    if scorer.bos == "native":
-        return scorer.tokenizer.bos if scorer.tokenizer.adds_bos else None
-    return scorer.bos_id
+def _first_token(model: LanguageModel) -> int | None:
+    if model.bos == "native":
+        return model.tokenizer.bos if model.tokenizer.adds_bos else None
+    return model.bos_id
 
 
 def _is_done(out: Path, config: Mapping[str, Any]) -> bool:
@@ -231,7 +230,7 @@ def _check_same(folder: Path, record: Any, config: Mapping[str, Any]) -> None:
 
 
 def _generated(
-    scorer: LanguageModel,
+    model: LanguageModel,
     shards: TokenShards,
     work: Path,
     config: Mapping[str, Any],
@@ -246,8 +245,8 @@ def _generated(
     _check_same(work, state, config)
     prompts = {name: Prompts(shards, name, sampling) for name in wanted if name not in state["domains"]}  # all errors now
     tokenizer = shards.load_tokenizer()
-    training = scorer.module.training
-    scorer.module.eval()
+    training = model.module.training
+    model.module.eval()
     try:
         with progress_bar("generating", sum(wanted.values()), unit=" tokens", scale=False, show=progress) as bar:
             bar.update(sum(wanted[name] for name in state["domains"]))
@@ -255,16 +254,16 @@ def _generated(
             for name, of_domain in prompts.items():
                 bar.set_postfix_str(name, refresh=False)
                 with ShardWriter(work / "data" / "shards", name, shards.dtype.name) as writer:
-                    counts = _write_domain(scorer, of_domain, writer, tokenizer, wanted[name], batch_size, held_out, bar)
+                    counts = _write_domain(model, of_domain, writer, tokenizer, wanted[name], batch_size, held_out, bar)
                     state["domains"][name] = {"entry": writer.close(), "counts": counts}
                 write_json(path, state)
     finally:
-        scorer.module.train(training)
+        model.module.train(training)
     return {name: state["domains"][name] for name in wanted}
 
 
 def _write_domain(
-    scorer: LanguageModel,
+    model: LanguageModel,
     prompts: Prompts,
     writer: ShardWriter,
     tokenizer: Tokenizer,
@@ -283,7 +282,7 @@ def _write_domain(
         mean = counts["tokens"] / counts["documents"] if counts["documents"] else sampling.length + 1
         # No more than are likely to be used; the rest of a batch is thrown away.
         size = min(batch_size, math.ceil((wanted - counts["tokens"]) / mean))
-        for document, ended in _documents(scorer, prompts, range(index, index + size), domain):
+        for document, ended in _documents(model, prompts, range(index, index + size), domain):
             if counts["tokens"] >= wanted:
                 break
             index += 1
@@ -304,16 +303,16 @@ def _write_domain(
     return {**counts, "prompts": prompts.n, "prompts_repeated": repeated}
 
 
-def _documents(scorer: LanguageModel, prompts: Prompts, indices: range, domain: str) -> Iterator[tuple[np.ndarray, bool]]:
+def _documents(model: LanguageModel, prompts: Prompts, indices: range, domain: str) -> Iterator[tuple[np.ndarray, bool]]:
     """The documents of these indices, in order: tokens with end-of-text, and whether the model wrote that itself."""
-    s, eot, device = prompts.sampling, prompts.eot, scorer.device
+    s, eot, device = prompts.sampling, prompts.eot, model.device
     text = np.full((len(indices), s.length), eot, np.int64)
     text[:, : s.prompt_tokens] = [prompts.tokens(i) for i in indices]
     shape = (s.length - s.prompt_tokens, draw_levels(s.vocab))
     uniforms = torch.from_numpy(np.stack([uniform(s.seed, domain, i, shape) for i in indices]))
     first = np.full((len(indices), 0 if s.first is None else 1), s.first or 0, np.int64)
     ids = torch.from_numpy(np.concatenate((first, text[:, : s.prompt_tokens]), 1)).to(device)
-    decoder = decoder_of(scorer, len(indices), first.shape[1] + s.length - 1, s.vocab)
+    decoder = decoder_of(model, len(indices), first.shape[1] + s.length - 1, s.vocab)
     rows = np.arange(len(indices))  # which document each row of the decoder is
     ends = np.full(len(indices), s.length)  # where its end-of-text token goes
     for at in range(s.prompt_tokens, s.length):
@@ -321,8 +320,8 @@ def _documents(scorer: LanguageModel, prompts: Prompts, indices: range, domain: 
         if not bool(torch.isfinite(logits).all()):
             row = int((~torch.isfinite(logits)).any(-1).byte().argmax())
             where = f"domain {domain!r}, document {indices[rows[row]]}, token {at}"
-            raise InputError(f"model {scorer.name}: logits that are not finite ({where})")
-        chosen = choose(logits, uniforms[rows, at - s.prompt_tokens].to(device), s.temperature, s.top_k, s.top_p)
+            raise InputError(f"model {model.name}: logits that are not finite ({where})")
+        chosen = choose_token(logits, uniforms[rows, at - s.prompt_tokens].to(device), s.temperature, s.top_k, s.top_p)
         text[rows, at] = np.where(ends[rows] < at, eot, chosen.cpu().numpy())
         ends[rows[(text[rows, at] == eot) & (ends[rows] == s.length)]] = at
         open_rows = np.flatnonzero(ends[rows] == s.length)
@@ -360,7 +359,7 @@ class Prompts:
     def tokens(self, index: int) -> np.ndarray:
         """The prompt of document `index`, int64 [prompt_tokens]."""
         epoch, position = divmod(index, self.n)
-        key = np.array([_key(self.sampling.seed, "prompt", self.domain, epoch)[0]], np.uint64)
+        key = np.array([stream_key(self.sampling.seed, "prompt", self.domain, epoch)[0]], np.uint64)
         piece = int(permute(np.array([position]), np.array([self.n]), key)[0])
         document = int(np.searchsorted(self._pieces, piece, side="right"))
         before = int(self._pieces[document - 1]) if document else 0
@@ -374,15 +373,9 @@ class Prompts:
 
 def uniform(seed: int, domain: str, document: int, shape: tuple[int, ...]) -> np.ndarray:
     """The numbers in [0, 1) that a document's tokens are drawn with, fp64 of a shape: a Philox stream of its own."""
-    generator = np.random.Philox(key=np.array(_key(seed, "sample", domain, document), np.uint64))
+    generator = np.random.Philox(key=np.array(stream_key(seed, "sample", domain, document), np.uint64))
     words = generator.random_raw(math.prod(shape))  # not Generator.random: its stream may change with numpy
     return ((words >> np.uint64(11)) * 2.0**-53).reshape(shape)
-
-
-def _key(*parts: object) -> tuple[int, int]:
-    """Two 64-bit integers that depend on nothing but `parts`."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def _finish(

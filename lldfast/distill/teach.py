@@ -74,15 +74,15 @@ def teach(
     _check_place(out)
     shards = data if isinstance(data, TokenShards) else TokenShards(data)
     windows = _windows(shards, int(block_size), domains, max_windows)
-    scorer = _teacher(model, device, dtype)
-    _check_teacher(scorer, shards, int(k), int(block_size))
+    teacher = _teacher(model, device, dtype)
+    _check_teacher(teacher, shards, int(k), int(block_size))
     spec = CacheSpec(
         k=int(k),
         block_size=int(block_size),
-        vocab_size=scorer.vocab_size,
+        vocab_size=teacher.vocab_size,
         # The teacher's vocabulary may be padded beyond what the shards' dtype holds.
-        dtype=shards.dtype.name if scorer.vocab_size - 1 <= np.iinfo(shards.dtype).max else "uint32",
-        teacher=as_json(scorer.identity),
+        dtype=shards.dtype.name if teacher.vocab_size - 1 <= np.iinfo(shards.dtype).max else "uint32",
+        teacher=as_json(teacher.identity),
         tokenizer=as_json(shards.tokenizer),
         corpus_hash=shards.corpus_hash,
         windows=windows,
@@ -95,7 +95,7 @@ def teach(
             (out / PROGRESS).unlink(missing_ok=True)  # of a run killed just after it had published
             return out
         with CacheWriter(out, spec) as writer:
-            _write(scorer, shards, writer, int(batch_tokens), progress)
+            _write(teacher, shards, writer, int(batch_tokens), progress)
             writer.finish()
     return out
 
@@ -133,33 +133,33 @@ def _teacher(model: Any, device: str | torch.device | None, dtype: str) -> Langu
     return model if device is None else model.to(device)
 
 
-def _check_teacher(scorer: LanguageModel, shards: TokenShards, k: int, block_size: int) -> None:
-    shards.check_tokenizer({"name": scorer.tokenizer.name, "hash": scorer.tokenizer.hash}, f"teacher {scorer.name}")
-    if block_size > scorer.context_length:
+def _check_teacher(teacher: LanguageModel, shards: TokenShards, k: int, block_size: int) -> None:
+    shards.check_tokenizer({"name": teacher.tokenizer.name, "hash": teacher.tokenizer.hash}, f"teacher {teacher.name}")
+    if block_size > teacher.context_length:
         raise InputError(
-            f"block_size {block_size} is more than the {scorer.context_length} tokens that teacher {scorer.name} sees"
+            f"block_size {block_size} is more than the {teacher.context_length} tokens that teacher {teacher.name} sees"
         )
-    if k > scorer.vocab_size:
-        raise InputError(f"k {k} is more than the {scorer.vocab_size} ids of teacher {scorer.name}")
+    if k > teacher.vocab_size:
+        raise InputError(f"k {k} is more than the {teacher.vocab_size} ids of teacher {teacher.name}")
 
 
-def _write(scorer: LanguageModel, shards: TokenShards, writer: CacheWriter, batch_tokens: int, progress: bool) -> None:
+def _write(teacher: LanguageModel, shards: TokenShards, writer: CacheWriter, batch_tokens: int, progress: bool) -> None:
     """Fill the writer from where it stands."""
     spec, length = writer.spec, writer.spec.block_size
     at_once = max(1, batch_tokens // length)
-    run = _Teacher(scorer, spec.k, max(1, layer_tokens(scorer, batch_tokens) // length))
+    run = _Teacher(teacher, spec.k, max(1, layer_tokens(teacher, batch_tokens) // length))
     total, done = (sum(counts.values()) * length for counts in (spec.windows, writer.done))
     bar = progress_bar("teaching", total, unit=" tokens", done=done, show=progress)
-    with bar, evaluating(scorer), torch.no_grad():
+    with bar, evaluating(teacher), torch.no_grad():
         for domain, n in spec.windows.items():
             tokens = shards.tokens(domain)
             # A writer stops between batches, so a resumed run makes the batches, and the bits, of one that was never stopped.
             for first in range(writer.done[domain], n, at_once):
                 last = min(first + at_once, n)
                 ids = tokens[first * length : last * length].astype(np.int64)
-                _check_ids(ids, first * length, domain, shards, scorer)
+                _check_ids(ids, first * length, domain, shards, teacher)
                 found = run(torch.from_numpy(ids).view(-1, length))
-                _check_finite(found[1], first, domain, scorer, spec.k)
+                _check_finite(found[1], first, domain, teacher, spec.k)
                 writer.append(domain, *found)
                 bar.update(len(ids))
 
@@ -167,28 +167,28 @@ def _write(scorer: LanguageModel, shards: TokenShards, writer: CacheWriter, batc
 class _Teacher:
     """Windows of tokens -> top-k ids, log p and the log mass of the rest; keeps the head and its buffer between the calls."""
 
-    def __init__(self, scorer: LanguageModel, k: int, layer_windows: int) -> None:
-        self.scorer, self.k, self.layer_windows = scorer, k, layer_windows
+    def __init__(self, teacher: LanguageModel, k: int, layer_windows: int) -> None:
+        self.teacher, self.k, self.layer_windows = teacher, k, layer_windows
         self._head: HeadProduct | None = None
 
     def __call__(self, windows: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """windows [n, T] -> ids [n, T, k], logprob [n, T, k], rest [n, T]."""
-        parts = [part.to(self.scorer.device) for part in windows.split(self.layer_windows)]
-        if self.scorer.separate_head:
+        parts = [part.to(self.teacher.device) for part in windows.split(self.layer_windows)]
+        if self.teacher.separate_head:
             # The layers and the head want different batches (models/batches.py).
-            rows = self._of_hidden(torch.cat([self.scorer.hidden(part) for part in parts]).flatten(0, 1))
+            rows = self._of_hidden(torch.cat([self.teacher.hidden(part) for part in parts]).flatten(0, 1))
         else:
-            rows = [row for part in parts for row in self._of_logits(self.scorer.logits(part).flatten(0, 1))]
+            rows = [row for part in parts for row in self._of_logits(self.teacher.logits(part).flatten(0, 1))]
         ids, logprob, rest = (torch.cat(values).cpu().numpy() for values in zip(*rows, strict=True))
         n, length = windows.shape
         return ids.reshape(n, length, self.k), logprob.reshape(n, length, self.k), rest.reshape(n, length)
 
     def _of_hidden(self, hidden: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        options = self.scorer.head().options()
+        options = self.teacher.head().options()
         if self._head is None:
-            self._head = HeadProduct(hidden, self.scorer.head().weight, options["bias"], self.scorer.vocab_size, None)
+            self._head = HeadProduct(hidden, self.teacher.head().weight, options["bias"], self.teacher.vocab_size, None)
         head, found = self._head, []
-        for chunk in row_chunks(len(hidden), self.scorer.vocab_size, head.dtype, hidden.device, LEAST_ROWS):
+        for chunk in row_chunks(len(hidden), self.teacher.vocab_size, head.dtype, hidden.device, LEAST_ROWS):
             z = head.logits(head.rows(hidden, chunk), options["softcap"], options["logit_scale"])
             found.append(top_k_(z, self.k))
         return found
@@ -196,7 +196,7 @@ class _Teacher:
     def _of_logits(self, logits: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         dtype = accumulate_dtype(logits)
         chunks = row_chunks(len(logits), logits.shape[1], dtype, logits.device, LEAST_ROWS)
-        return [top_k_(logits[chunk, : self.scorer.vocab_size].to(dtype), self.k) for chunk in chunks]
+        return [top_k_(logits[chunk, : self.teacher.vocab_size].to(dtype), self.k) for chunk in chunks]
 
 
 def top_k_(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,18 +213,18 @@ def top_k_(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids.int(), (values - top - log_sum).float(), rest[:, 0].float()
 
 
-def _check_ids(ids: np.ndarray, start: int, domain: str, shards: TokenShards, scorer: LanguageModel) -> None:
+def _check_ids(ids: np.ndarray, start: int, domain: str, shards: TokenShards, teacher: LanguageModel) -> None:
     worst = int(ids.argmax())
     if ids[worst] >= shards.vocab_size:
         raise bad_token_error(shards.shard_file(domain), domain, start + worst, int(ids[worst]), shards.vocab_size)
-    if ids[worst] >= scorer.vocab_size:
+    if ids[worst] >= teacher.vocab_size:
         raise InputError(
             f"domain {domain!r} has token {int(ids[worst])} at position {start + worst}, outside the vocabulary of "
-            f"{scorer.vocab_size} of teacher {scorer.name}"
+            f"{teacher.vocab_size} of teacher {teacher.name}"
         )
 
 
-def _check_finite(logprob: np.ndarray, first: int, domain: str, scorer: LanguageModel, k: int) -> None:
+def _check_finite(logprob: np.ndarray, first: int, domain: str, teacher: LanguageModel, k: int) -> None:
     """logprob [n, T, k] of the windows from `first` on; a cache holds finite numbers only."""
     bad = ~np.isfinite(logprob)
     if not bad.any():
@@ -232,6 +232,6 @@ def _check_finite(logprob: np.ndarray, first: int, domain: str, scorer: Language
     window, position = np.argwhere(bad.any(-1))[0].tolist()
     where = f"domain {domain!r}, window {first + window}, token {position}"
     if np.isnan(logprob[window, position]).any():
-        raise InputError(f"teacher {scorer.name} gives logits that are not finite: {where}")
+        raise InputError(f"teacher {teacher.name} gives logits that are not finite: {where}")
     n = int(np.isfinite(logprob[window, position]).sum())
-    raise InputError(f"teacher {scorer.name} gives only {n} ids a probability above 0, fewer than k={k}: {where}")
+    raise InputError(f"teacher {teacher.name} gives only {n} ids a probability above 0, fewer than k={k}: {where}")

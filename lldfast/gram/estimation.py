@@ -113,7 +113,7 @@ def estimate(
     split = {name: split_groups(evalset, name, groups) for name in domains}
     n_groups = sum(len(parts) for parts in split.values())
     spread = 1.0 if shift is None else float(shift.std()) / tau
-    kept = choose(mode, k, len(domains), n_groups, layout.size, budget_bytes, target_kl, spread)
+    kept = choose_storage(mode, k, len(domains), n_groups, layout.size, budget_bytes, target_kl, spread)
 
     segments = model.tokenize(evalset)
     tokens = _token_counts(segments, len(evalset))
@@ -187,7 +187,7 @@ def estimate(
     )
 
 
-def choose(
+def choose_storage(
     mode: str,
     k: int | Literal["auto"],
     n_domains: int,

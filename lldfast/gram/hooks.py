@@ -58,9 +58,9 @@ class NotSeparable(Exception):
 class Setting:
     """What all batches share: a model, its trainable parameters, and the sketch."""
 
-    def __init__(self, scorer: LanguageModel, slots: dict[int, Slot], k: int, seed: int, backend: str) -> None:
-        self.scorer, self.slots, self.k, self.seed, self.backend = scorer, slots, k, seed, backend
-        gpt = scorer.module if isinstance(scorer.module, GPT) else None
+    def __init__(self, model: LanguageModel, slots: dict[int, Slot], k: int, seed: int, backend: str) -> None:
+        self.model, self.slots, self.k, self.seed, self.backend = model, slots, k, seed, backend
+        gpt = model.module if isinstance(model.module, GPT) else None
         # GPT adds its positions to what the token embedding gives, without calling their module
         self.carrier = None if gpt is None else gpt.wte
         self.positions = None if gpt is None else slots.get(id(gpt.wpe.weight))
@@ -126,7 +126,7 @@ class BatchRun:
         try:
             if positions is not None:
                 positions.parameter.requires_grad_(False)
-            for module in self.setting.scorer.module.modules():
+            for module in self.setting.model.module.modules():
                 kind = kind_of(module)
                 if kind is not None and (self.setting.own(module) or module is self.setting.carrier):
                     before = functools.partial(self.before, kind)
@@ -142,17 +142,17 @@ class BatchRun:
                 positions.parameter.requires_grad_(True)
 
     def forward_backward(self) -> None:
-        scorer = self.setting.scorer
+        model = self.setting.model
         with torch.enable_grad(), self.hooked():
-            if scorer.separate_head:
-                hidden = scorer.hidden(self.batch.ids)
+            if model.separate_head:
+                hidden = model.hidden(self.batch.ids)
             else:
-                total = token_logprobs(scorer, self.batch).sum()
-        if not scorer.separate_head:
+                total = token_logprobs(model, self.batch).sum()
+        if not model.separate_head:
             total.backward()
             return
         with torch.no_grad():
-            self.head = HeadUse(self, scorer.head(), hidden.detach())
+            self.head = HeadUse(self, model.head(), hidden.detach())
             gradient = self.head.fold()
         if hidden.requires_grad:
             hidden.backward(gradient.view_as(hidden))
@@ -352,7 +352,7 @@ class BatchRun:
 
 
 class HeadUse:
-    """The head of a scorer that keeps it apart, on the hidden states of a batch: logits = softcap(s (H W^T + bias))."""
+    """The head of a model that keeps it apart, on the hidden states of a batch: logits = softcap(s (H W^T + bias))."""
 
     def __init__(self, run: BatchRun, head: Head, hidden: Tensor) -> None:
         self.run, self.head = run, head

@@ -35,8 +35,9 @@ class GramEstimate:
         n_texts: texts behind each row. debiased: per domain, whether its diagonal was debiased (one in a single group cannot be).
         mode: "exact", "sharded", "bf16", "int8", "int4" or "fold". k: size of the sketch, None with rows.
         ridge: amount for the diagonal chosen by split halves, in G's unit; None where it was not asked for.
-        gram_se: standard errors of G, texts and sketch [K, K]; NaN where a domain in one group gives none. None with a single
-        group. expected_error: expected |dv| / |v| in the norm of G, v = G^-1 Delta, by sketch or rounding alone.
+        gram_se: standard errors of G, texts and sketch [K, K]; NaN where a domain in one group gives none, None with a single
+            group.
+        expected_error: expected |dv| / |v| in the norm of G, v = G^-1 Delta, by sketch or rounding alone.
         drift: J M^-1 m and weight decay, independent of the weights [K]: a step changes l by about eta (G w + drift). None
             without `precondition`.
         products, group_domain, group_tokens: inner products of the groups' gradient sums [M, M], their domains and tokens [M]:

@@ -41,7 +41,7 @@ class StepEstimate(NamedTuple):
 
 
 def estimate_step(
-    scorer: LanguageModel,
+    model: LanguageModel,
     evalset: EvalSet,
     rule: Rule,
     delta: Array,
@@ -78,7 +78,7 @@ def estimate_step(
     per_token = delta / unit
     # only std(delta) / tau counts, which must not change with the unit
     tau = rule.planned_tau(delta, progress) * (float(per_token.std()) / (float(delta.std()) or 1.0) or 1.0)
-    found = estimate(scorer, evalset, delta=per_token, tau=tau, **options)
+    found = estimate(model, evalset, delta=per_token, tau=tau, **options)
 
     def ordered(values: Array) -> Array:
         by_name = dict(zip(found.domains, values.tolist(), strict=True))

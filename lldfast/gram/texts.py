@@ -9,7 +9,7 @@ stored, so memory depends on the batch and not on the number of texts:
 - nn.Embedding: the rows that a text uses. nn.LayerNorm, nn.RMSNorm, biases: vectors.
 - modules called *Norm whose parameters are vectors of the last dimension: they run on one copy of these per row of the batch,
   whose gradients are the rows' own.
-- the head, where a scorer keeps it apart: the logits' gradients are made of the hidden states, some vocabulary rows at a time.
+- the head, where a model keeps it apart: the logits' gradients are made of the hidden states, some vocabulary rows at a time.
 
 Whatever else uses a parameter leaves a gradient in autograd. In a batch of several texts that is their sum, of no use: the batch
 is done again one text at a time, as all batches after it are, and there autograd's gradient is folded beside the rest. That costs
@@ -147,12 +147,12 @@ def _batch(windows: Sequence[Sequence[Segment]], device: torch.device) -> Segmen
 class _Engine:
     """A model, batch by batch."""
 
-    def __init__(self, scorer: LanguageModel, k: int, seed: int, scale: Mapping[str, Tensor] | None, backend: str) -> None:
-        layout, scale = Layout.of(scorer.module), scale or {}
-        parameters = dict(scorer.module.named_parameters())
+    def __init__(self, model: LanguageModel, k: int, seed: int, scale: Mapping[str, Tensor] | None, backend: str) -> None:
+        layout, scale = Layout.of(model.module), scale or {}
+        parameters = dict(model.module.named_parameters())
         unknown = set(scale) - set(layout.names)
         if unknown:
-            raise InputError(f"scale: {scorer.name} has no trainable parameter {min(unknown)!r}")
+            raise InputError(f"scale: {model.name} has no trainable parameter {min(unknown)!r}")
         slots: dict[int, Slot] = {}
         for name, offset in zip(layout.names, layout.offsets, strict=True):
             p, factor = parameters[name], scale.get(name)
@@ -161,7 +161,7 @@ class _Engine:
             if factor is not None and (factor.dtype != torch.float32 or factor.shape != p.shape or factor.device != p.device):
                 raise InputError(f"scale of {name} must be fp32 {tuple(p.shape)} on {p.device}")
             slots[id(p)] = Slot(name, p, offset, None if factor is None else factor.detach().reshape(-1).contiguous())
-        self.scorer, self.setting = scorer, Setting(scorer, slots, k, seed, backend)
+        self.model, self.setting = model, Setting(model, slots, k, seed, backend)
         self.parameters = [slot.parameter for slot in slots.values()]
         self.one_by_one = self.checked = False
 
@@ -176,7 +176,7 @@ class _Engine:
         return torch.cat([out for out, _ in found]), torch.cat([square for _, square in found])
 
     def together(self, windows: list[list[Segment]]) -> tuple[Tensor, Tensor]:
-        run = BatchRun(self.setting, _batch(windows, self.scorer.device), len(windows), PROJECTIONS if not self.checked else 0)
+        run = BatchRun(self.setting, _batch(windows, self.model.device), len(windows), PROJECTIONS if not self.checked else 0)
         kept = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
@@ -197,7 +197,7 @@ class _Engine:
         rows = slice(len(run.batch.ids) - run.windows, None)
         alone = SegmentBatch(run.batch.ids[rows], run.batch.labels[rows], run.batch.segment[rows])
         with torch.enable_grad():
-            total = token_logprobs(self.scorer, alone).sum()
+            total = token_logprobs(self.model, alone).sum()
             grads = torch.autograd.grad(total, self.parameters, allow_unused=True)
         slots, wanted = list(self.setting.slots.values()), []
         for slot, g in zip(slots, grads, strict=True):
@@ -216,6 +216,6 @@ class _Engine:
             off = max(abs(max(float(got), 0.0) ** 0.5 - float(square) ** 0.5), float((probes - projections).abs().max()))
             if not off <= tolerance * norm:
                 raise InputError(
-                    f"per_text: {self.scorer.name} uses {slot.name} in a way its hooks do not see: the gradient of a text in a "
+                    f"per_text: {self.model.name} uses {slot.name} in a way its hooks do not see: the gradient of a text in a "
                     f"batch is {off / norm:.1g} (relative) from the text's own; use the collector for this model"
                 )

@@ -56,27 +56,27 @@ def score(
     Raises:
         InputError: an argument is wrong, or a text has no finite log-likelihood (text, domain and model named).
     """
-    scorer = _as_model(model, bos, device)
+    lm = _as_model(model, bos, device)
     evalset = evalset if isinstance(evalset, EvalSet) else EvalSet.load(evalset)
     if len(evalset) == 0:
         raise InputError("there are no evaluation texts to score")
-    segments = scorer.tokenize(evalset, overlap)
-    bar = progress_bar(scorer.name, sum(map(len, segments)), unit=" tokens", show=progress)
-    with bar, evaluating(scorer), torch.inference_mode():
-        sums = segment_sums(scorer, segments, batch_tokens, backend, amp_dtype, precision, lambda done: bar.update(done - bar.n))
+    segments = lm.tokenize(evalset, overlap)
+    bar = progress_bar(lm.name, sum(map(len, segments)), unit=" tokens", show=progress)
+    with bar, evaluating(lm), torch.inference_mode():
+        sums = segment_sums(lm, segments, batch_tokens, backend, amp_dtype, precision, lambda done: bar.update(done - bar.n))
     texts = sums.group([s.text for s in segments], len(evalset))  # in order of the segments, whatever the batches were
     bad = np.flatnonzero(~np.isfinite(texts.logprob))
     if len(bad):
         i = int(bad[0])
         raise InputError(
-            f"{scorer.name} gives text {i} (domain {evalset.domain[i]}) the log-likelihood {texts.logprob[i]}"
+            f"{lm.name} gives text {i} (domain {evalset.domain[i]}) the log-likelihood {texts.logprob[i]}"
             + (f", and {len(bad) - 1} more texts are not finite" if len(bad) > 1 else "")
         )
     meta = {
-        "model": scorer.identity,
-        "tokenizer_hash": scorer.tokenizer.hash,
+        "model": lm.identity,
+        "tokenizer_hash": lm.tokenizer.hash,
         "evalset_hash": evalset.hash,
-        "bos": {"mode": scorer.bos, "id": scorer.bos_id},
+        "bos": {"mode": lm.bos, "id": lm.bos_id},
         "overlap": overlap,
         "amp_dtype": amp_dtype,
         "precision": precision,
@@ -128,9 +128,9 @@ def _batch_kl(a: LanguageModel, b: LanguageModel, batch: SegmentBatch, vocab: in
     out = torch.zeros(batch.labels.numel(), dtype=torch.float64)
     for chunk in row_chunks(len(rows), vocab, torch.float32, a.device, least=64):
         logs = []
-        for scorer, state in zip((a, b), states, strict=True):
-            part = state.flatten(0, 1)[rows[chunk].to(scorer.device)].float()
-            z = scorer.head().logits(part) if scorer.separate_head else part
+        for lm, state in zip((a, b), states, strict=True):
+            part = state.flatten(0, 1)[rows[chunk].to(lm.device)].float()
+            z = lm.head().logits(part) if lm.separate_head else part
             logs.append(torch.log_softmax(z[:, :vocab], -1).to(a.device))
         log_p, log_q = logs
         p = log_p.exp()

@@ -72,17 +72,17 @@ def batches(segments: Sequence[Segment], batch_tokens: int, which: npt.ArrayLike
         start += len(rows)
 
 
-def hidden_states(scorer: LanguageModel, batch: SegmentBatch, amp_dtype: str | None) -> Tensor:
-    """[B, T, d], of a scorer whose head can be taken apart."""
-    with _autocast(scorer, amp_dtype):
-        return scorer.hidden(batch.ids)
+def hidden_states(model: LanguageModel, batch: SegmentBatch, amp_dtype: str | None) -> Tensor:
+    """[B, T, d], of a model whose head can be taken apart."""
+    with _autocast(model, amp_dtype):
+        return model.hidden(batch.ids)
 
 
 def head_logprobs(
-    scorer: LanguageModel, hidden: Tensor, labels: Tensor, backend: str, amp_dtype: str | None, precision: str | None
+    model: LanguageModel, hidden: Tensor, labels: Tensor, backend: str, amp_dtype: str | None, precision: str | None
 ) -> Tensor:
     """Log-likelihood of labels [...] from hidden states [..., d]."""
-    head = scorer.head()
+    head = model.head()
     if precision is None and amp_dtype == "bfloat16":
         precision = "bf16"  # the head is a layer too
     options = {"backend": backend, "precision": precision, **head.options()}
@@ -90,7 +90,7 @@ def head_logprobs(
 
 
 def token_logprobs(
-    scorer: LanguageModel,
+    model: LanguageModel,
     batch: SegmentBatch,
     *,
     backend: str = "auto",
@@ -98,47 +98,47 @@ def token_logprobs(
     precision: str | None = None,
 ) -> Tensor:
     """Log-likelihood of the labels, fp32 [B, T], 0 where ignored; differentiable when gradients are on."""
-    if scorer.separate_head:
-        return head_logprobs(scorer, hidden_states(scorer, batch, amp_dtype), batch.labels, backend, amp_dtype, precision)
+    if model.separate_head:
+        return head_logprobs(model, hidden_states(model, batch, amp_dtype), batch.labels, backend, amp_dtype, precision)
     if precision is not None:
         raise InputError(
-            f"{scorer.name} makes its own logits: precision={precision!r} needs a model whose head can be taken apart"
+            f"{model.name} makes its own logits: precision={precision!r} needs a model whose head can be taken apart"
         )
-    with _autocast(scorer, amp_dtype):
-        logits = scorer.logits(batch.ids)
+    with _autocast(model, amp_dtype):
+        logits = model.logits(batch.ids)
     return logprob(logits, batch.labels, backend=backend).logprob
 
 
-def layer_tokens(scorer: LanguageModel, batch_tokens: int) -> int:
+def layer_tokens(model: LanguageModel, batch_tokens: int) -> int:
     """batch_tokens, or less where a larger batch would only cost memory or time."""
-    if not scorer.separate_head:
-        return max(1, min(batch_tokens, LOGITS_BYTES // (4 * scorer.vocab_size)))
-    if scorer.device.type == "cpu":
-        return min(batch_tokens, max(256, CPU_ACTIVATION_BYTES // (16 * scorer.head().weight.shape[1])))
+    if not model.separate_head:
+        return max(1, min(batch_tokens, LOGITS_BYTES // (4 * model.vocab_size)))
+    if model.device.type == "cpu":
+        return min(batch_tokens, max(256, CPU_ACTIVATION_BYTES // (16 * model.head().weight.shape[1])))
     return batch_tokens
 
 
 @contextlib.contextmanager
-def evaluating(scorer: LanguageModel) -> Iterator[None]:
+def evaluating(model: LanguageModel) -> Iterator[None]:
     """Evaluation mode (no dropout) inside, the former mode afterwards."""
-    training = scorer.module.training
-    scorer.module.eval()
+    training = model.module.training
+    model.module.eval()
     try:
         yield
     finally:
-        scorer.module.train(training)
+        model.module.train(training)
 
 
-def _autocast(scorer: LanguageModel, amp_dtype: str | None) -> contextlib.AbstractContextManager[Any]:
+def _autocast(model: LanguageModel, amp_dtype: str | None) -> contextlib.AbstractContextManager[Any]:
     if amp_dtype in (None, "float32"):
         return contextlib.nullcontext()
     if amp_dtype not in DTYPES:
         raise InputError(f"amp_dtype={amp_dtype!r} is not one of {', '.join(DTYPES)}")
-    return torch.autocast(scorer.device.type, DTYPES[amp_dtype])
+    return torch.autocast(model.device.type, DTYPES[amp_dtype])
 
 
 def segment_sums(
-    scorer: LanguageModel,
+    model: LanguageModel,
     segments: Sequence[Segment],
     batch_tokens: int,
     backend: str,
@@ -153,22 +153,22 @@ def segment_sums(
 
     def score_waiting() -> None:
         hidden, labels, segment = zip(*waiting, strict=True)
-        values = head_logprobs(scorer, torch.cat(hidden), torch.cat(labels), backend, amp_dtype, precision)
+        values = head_logprobs(model, torch.cat(hidden), torch.cat(labels), backend, amp_dtype, precision)
         sums.add(values, np.concatenate(segment))
         waiting.clear()
 
-    for batch in batches(segments, layer_tokens(scorer, batch_tokens)):
-        on_device = batch.to(scorer.device)
+    for batch in batches(segments, layer_tokens(model, batch_tokens)):
+        on_device = batch.to(model.device)
         scored = on_device.labels != IGNORE
-        if scorer.separate_head:
-            hidden = hidden_states(scorer, on_device, amp_dtype)
+        if model.separate_head:
+            hidden = hidden_states(model, on_device, amp_dtype)
             waiting.append((hidden[scored], on_device.labels[scored], np.repeat(batch.segment, scored.sum(1).cpu().numpy())))
             count += len(waiting[-1][1])
             if count >= HEAD_TOKENS:
                 score_waiting()
                 count = 0
         else:
-            values = token_logprobs(scorer, on_device, backend=backend, amp_dtype=amp_dtype, precision=precision)
+            values = token_logprobs(model, on_device, backend=backend, amp_dtype=amp_dtype, precision=precision)
             sums.add(values, batch.segment, scored)
         done += sum(len(segments[i]) for i in batch.segment)
         progress(done)

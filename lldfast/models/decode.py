@@ -124,11 +124,11 @@ class HFDecoder:
         return True
 
 
-def decoder_of(scorer: LanguageModel, batch: int, length: int, vocab: int | None = None) -> GPTDecoder | HFDecoder:
+def decoder_of(model: LanguageModel, batch: int, length: int, vocab: int | None = None) -> GPTDecoder | HFDecoder:
     """A decoder for a batch of sequences of at most `length` tokens, whose logits end before id `vocab`."""
-    if isinstance(scorer.module, GPT):
-        return GPTDecoder(scorer.module, batch, length, vocab)
-    return HFDecoder(scorer.module, vocab)
+    if isinstance(model.module, GPT):
+        return GPTDecoder(model.module, batch, length, vocab)
+    return HFDecoder(model.module, vocab)
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
@@ -177,7 +177,9 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return node[:, 0]
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+def choose_token(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
     """The next ids, int64 [B], for logits [B, V] and uniform [B, draw_levels(V)]; temperature 0: the first of the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)

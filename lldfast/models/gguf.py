@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 
-from lldfast.errors import InputError, MissingDependencyError
+from lldfast.backends import require
+from lldfast.errors import InputError
 from lldfast.files import atomic_folder, write_json
 
 
@@ -22,7 +21,7 @@ def converted(file: Path) -> tuple[Path, str]:
         MissingDependencyError: gguf, accelerate or transformers is not installed.
     """
     for package in ("gguf", "accelerate", "transformers"):
-        require(package, "GGUF files")
+        require(package, "GGUF files need")
     digest = file_hash(file)
     folder = cache_folder() / "gguf" / f"{file.stem}-{digest[:16]}"
     if not (folder / "lldfast.json").is_file():
@@ -78,10 +77,3 @@ def cache_folder() -> Path:
     """LLDFAST_CACHE, or lldfast below XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LLDFAST_CACHE") or Path(base) / "lldfast")
-
-
-def require(package: str, purpose: str = "Hugging Face models") -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingDependencyError(f"{purpose} need the package {package}: pip install {package} ({error})") from error

@@ -19,8 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lldfast.backends import require
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.errors import CorruptError, InputError, MissingDependencyError
+from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path, read_json, write_json
 from lldfast.ops.linear_logprob import linear_cross_entropy
 
@@ -252,7 +253,9 @@ class GPT(nn.Module):
             InputError: not a GPT-2, or a variant that this class does not compute.
             MissingDependencyError: transformers is not installed and `source` is not a model.
         """
-        hf = _transformers().GPT2LMHeadModel.from_pretrained(str(source)) if isinstance(source, (str, os.PathLike)) else source
+        hf = source
+        if isinstance(source, (str, os.PathLike)):
+            hf = require("transformers", "GPT-2 conversion needs").GPT2LMHeadModel.from_pretrained(str(source))
         c: Any = getattr(hf, "config", None)
         if getattr(c, "model_type", None) != "gpt2" or not hasattr(hf, "transformer"):
             raise InputError(f"from_hf needs a GPT2LMHeadModel, not {type(hf).__name__}")
@@ -285,7 +288,7 @@ class GPT(nn.Module):
         Raises:
             MissingDependencyError: transformers is not installed.
         """
-        transformers = _transformers()
+        transformers = require("transformers", "GPT-2 conversion needs")
         c = self.config
         config = transformers.GPT2Config(
             vocab_size=c.valid_vocab, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
@@ -332,14 +335,6 @@ def _hf_name(name: str) -> str:
 def _is_conv1d(name: str) -> bool:
     """GPT-2 keeps these weights transposed, [in, out]."""
     return name.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight"))
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(f"GPT-2 conversion needs transformers: pip install transformers ({error})") from error
-    return transformers
 
 
 def _sha256(path: Path) -> str:

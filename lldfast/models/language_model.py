@@ -31,12 +31,12 @@ import torch.nn as nn
 import xxhash
 from torch import Tensor
 
-from lldfast.backends import pick_device
+from lldfast.backends import pick_device, require
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_manifest
 from lldfast.errors import InputError
 from lldfast.models import gguf
-from lldfast.models.gguf import file_hash, require
+from lldfast.models.gguf import file_hash
 from lldfast.models.gpt import DTYPES, GPT, read_gpt_json
 from lldfast.ops.chunks import transform_
 
@@ -291,21 +291,21 @@ def load_model(
         device = "auto"
     place = None if device is None else pick_device(device)  # told now, not after a long load
     if isinstance(spec, nn.Module):
-        scorer = _from_module(spec, own, bos)
+        model = _from_module(spec, own, bos)
     elif Path(spec).suffix == ".gguf":
-        scorer = _from_gguf(Path(spec), own, dtype, bos)
+        model = _from_gguf(Path(spec), own, dtype, bos)
     elif (Path(spec) / "model.json").is_file():
-        scorer = _from_saved_gpt(Path(spec), own, bos)
-        scorer.module.to(DTYPES[dtype])
+        model = _from_saved_gpt(Path(spec), own, bos)
+        model.module.to(DTYPES[dtype])
     else:
-        scorer = _from_hf(spec, own, dtype, bos)
+        model = _from_hf(spec, own, dtype, bos)
     if context_length is not None:
-        if not 1 <= context_length <= scorer.context_length:
-            raise InputError(f"context_length={context_length} must be in [1, {scorer.context_length}] for {scorer.name}")
-        scorer.context_length = context_length
+        if not 1 <= context_length <= model.context_length:
+            raise InputError(f"context_length={context_length} must be in [1, {model.context_length}] for {model.name}")
+        model.context_length = context_length
     if not isinstance(spec, nn.Module):
-        scorer.module.eval()
-    return scorer if place is None else scorer.to(place)
+        model.module.eval()
+    return model if place is None else model.to(place)
 
 
 def _from_module(module: nn.Module, tokenizer: Tokenizer | None, bos: str) -> LanguageModel:
@@ -331,7 +331,7 @@ def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, bos: str) -> Lang
 
 
 def _from_hf(spec: Any, tokenizer: Tokenizer | None, dtype: str, bos: str, **facts: Any) -> LanguageModel:
-    transformers = require("transformers")
+    transformers = require("transformers", "Hugging Face models need")
     path = Path(spec)
     if not path.is_dir() and (path.suffix or path.is_absolute() or str(spec).startswith(".") or str(spec).count("/") > 1):
         raise InputError(f"{spec}: no such model folder")

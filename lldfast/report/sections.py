@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lldfast.errors import InputError, MissingDependencyError
 from lldfast.measure.divergence import jsd_matrix
 from lldfast.measure.modelmap import model_map
-from lldfast.report import figures as figures
+from lldfast.report import figures
 from lldfast.report.html import Section, absent, card, switch_card, table, text
 from lldfast.report.reading import ReportedMethod, ReportedRun
 from lldfast.report.style import Mark, method_marks, number, plain, short_labels

@@ -1,1 +1,6 @@
-"""One run on disk and in memory: configuration, folder, experiment, checkpoints, logs."""
+"""One run of `lldfast train`, on disk and in memory.
+
+config.py (with distill.py and methods.py) says what to run, folder.py where its files are, place.py on what it computes;
+experiment.py opens what its methods share, plan.py says on which weights each trains, optimizer.py how it steps. Of what is
+written, checkpoint.py has the state to resume from, log.py and measurements.py the way, record.py the results.
+"""

@@ -126,10 +126,6 @@ class LLDConfig(RuleOptions):
 class GramConfig(GramOptions):
     """How the "adjusted" rules estimate G; see `lldfast.gram.estimate`. Other rules do not read it."""
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `gram.estimate`; "adamw" stands for the optimizer that `LLDController.step` is given."""
-        return self.keywords()
-
 
 @dataclass
 class TrainConfig:
@@ -251,18 +247,20 @@ class Config:
         parsed = self.parsed_methods()
         self.distill.check(parsed)
         has_target = bool(self.target.model or self.target.mixture)
-        for spec in parsed:
-            if spec.rule and not has_target and not (lld.pass1 and spec.passes == 2):
-                raise InputError(f"method {spec.name!r} needs target.model (or target.mixture)")
-            if spec.distilled and not (has_target or self.distill.teacher or self.distill.cache):
-                raise InputError(f"method {spec.name!r} needs a teacher: target.model, target.mixture, distill.teacher or .cache")
-            if spec.rule:  # now, not after the methods before it
-                lld.rule(spec.rule)
+        for method in parsed:
+            if method.rule and not has_target and not (lld.pass1 and method.passes == 2):
+                raise InputError(f"method {method.name!r} needs target.model (or target.mixture)")
+            if method.distilled and not (has_target or self.distill.teacher or self.distill.cache):
+                raise InputError(
+                    f"method {method.name!r} needs a teacher: target.model, target.mixture, distill.teacher or .cache"
+                )
+            if method.rule:  # now, not after the methods before it
+                lld.rule(method.rule)
                 estimation_steps(t.steps, every=lld.every, dense_until=lld.dense_until)
-            if spec.stages == 2 and max(1, round(t.steps * lld.split)) >= t.steps:
-                raise InputError(f"method {spec.name!r}: train.steps {t.steps} at lld.split {lld.split} leaves no second stage")
-            if spec.mixture == "fixed" and lld.weights is None:
-                raise InputError(f"method {spec.name!r} needs lld.weights, a weights file")
+            if method.stages == 2 and max(1, round(t.steps * lld.split)) >= t.steps:
+                raise InputError(f"method {method.name!r}: train.steps {t.steps} at lld.split {lld.split} leaves no second stage")
+            if method.mixture == "fixed" and lld.weights is None:
+                raise InputError(f"method {method.name!r} needs lld.weights, a weights file")
 
     def parsed_methods(self) -> list[Method]:
         """`methods` with what their names mean.

@@ -29,7 +29,7 @@ from lldfast.run.folder import RunFolder
 from lldfast.run.place import Place, resolve_location
 from lldfast.terminal import note
 from lldfast.weights.file import load_weights
-from lldfast.weights.simplex import simplex
+from lldfast.weights.simplex import mixture
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Experiment:
 
     Attributes:
         target: log-likelihoods of the whole evaluation corpus; None for a run without a target.
-        target_scorer: the target itself, only where the true KL can be measured.
+        target_model: the target itself, only where the true KL can be measured.
         target_identity, base_identity: for provenance.
         ground_truth: the mixture that the target was trained on, where it is known.
     """
@@ -51,7 +51,7 @@ class Experiment:
     tokenizer: Tokenizer
     base_identity: dict[str, Any]
     target: LoglikVector | None = None
-    target_scorer: LanguageModel | None = None
+    target_model: LanguageModel | None = None
     target_identity: dict[str, Any] | None = None
     ground_truth: dict[str, float] | None = None
     _teacher: LanguageModel | TeacherCache | None = None
@@ -81,17 +81,17 @@ class Experiment:
 
     def _score_target(self, model: str) -> None:
         t = self.config.target
-        scorer = load_model(resolve_location(model), device=str(self.place.device), dtype=t.dtype, bos=t.bos)
-        identity = dict(scorer.identity)
+        target = load_model(resolve_location(model), device=str(self.place.device), dtype=t.dtype, bos=t.bos)
+        identity = dict(target.identity)
         if t.licence:
             identity["licence"] = t.licence
-        self.target, self.target_identity = score_target(self.folder, scorer, self.evalset, self.config), identity
-        own, domains = (identity.get("extra") or {}).get("domain_weights"), self.domains
-        if self.ground_truth is None and own and set(own) == set(domains):
-            self.ground_truth = dict(zip(domains, simplex(own, domains).tolist(), strict=True))
-        if scorer.tokenizer.hash == self.tokenizer.hash and self.config.measure.true_kl:
+        self.target, self.target_identity = score_target(self.folder, target, self.evalset, self.config), identity
+        own = (identity.get("extra") or {}).get("domain_weights")
+        if self.ground_truth is None and own and set(own) == set(self.domains):
+            self.ground_truth = mixture(own, self.domains)
+        if target.tokenizer.hash == self.tokenizer.hash and self.config.measure.true_kl:
             # the true KL compares next-token distributions in the same context, so under the base's first-token rule
-            self.target_scorer = scorer.with_bos("auto")
+            self.target_model = target.with_bos("auto")
 
     @property
     def domains(self) -> list[str]:
@@ -157,16 +157,16 @@ class Experiment:
         spec = d.teacher or self.config.target.model
         assert spec is not None  # Config.check asked
         device = self.place.device if d.device is None else pick_device(d.device, "distill.device")
-        scorer = self.target_scorer
-        if scorer is None or d.teacher or device != self.place.device or d.dtype != self.config.target.dtype:
-            scorer = load_model(resolve_location(spec), device=device, dtype=d.dtype)
-        self.shards.check_tokenizer(scorer.tokenizer.describe(), f"teacher {scorer.name}")
-        if scorer.context_length < block_size:
+        teacher = self.target_model
+        if teacher is None or d.teacher or device != self.place.device or d.dtype != self.config.target.dtype:
+            teacher = load_model(resolve_location(spec), device=device, dtype=d.dtype)
+        self.shards.check_tokenizer(teacher.tokenizer.describe(), f"teacher {teacher.name}")
+        if teacher.context_length < block_size:
             raise InputError(
-                f"teacher {scorer.name} has a context of {scorer.context_length} tokens and model.block_size is {block_size}: it "
-                "must see what the student sees"
+                f"teacher {teacher.name} has a context of {teacher.context_length} tokens and model.block_size is {block_size}: "
+                "it must see what the student sees"
             )
-        return scorer
+        return teacher
 
     def _describe_base(self) -> dict[str, Any]:
         m = self.config.model
@@ -219,15 +219,15 @@ def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:
     return shards, evalset, shards.load_tokenizer()
 
 
-def score_target(folder: RunFolder, scorer: LanguageModel, evalset: EvalSet, config: Config) -> LoglikVector:
+def score_target(folder: RunFolder, model: LanguageModel, evalset: EvalSet, config: Config) -> LoglikVector:
     """l(target) on the whole evaluation corpus, from the folder when the same model scored the same texts there."""
     path = folder.target
     if path.exists():
         stored = LoglikVector.load(path)
-        same_model = stored.meta.get("model", {}).get("hash") == scorer.identity.get("hash")
+        same_model = stored.meta.get("model", {}).get("hash") == model.identity.get("hash")
         if same_model and stored.meta.get("evalset_hash") == evalset.hash:
             return stored
         raise InputError(f"{path} was scored with another target or other texts; use another --out")
-    vector = score(scorer, evalset, batch_tokens=config.measure.batch_tokens, progress=config.log.progress)
+    vector = score(model, evalset, batch_tokens=config.measure.batch_tokens, progress=config.log.progress)
     vector.save(path)
     return vector

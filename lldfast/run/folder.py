@@ -12,6 +12,7 @@ import yaml
 from lldfast.errors import InputError
 from lldfast.files import atomic_path, folder_lock, read_json
 from lldfast.run.config import Config, with_defaults
+from lldfast.weights.recompute import REPLICATES
 
 # Configuration that may change between two calls on one run folder without making its results incomparable.
 FREE_SETTINGS = ("out", "methods", "log", "recipe")
@@ -31,7 +32,7 @@ class MethodFolder:
     @property
     def replicates(self) -> Path:
         """Bootstrap replicates of Delta_t, beside the weights file whose error bars they are."""
-        return self.path / "delta_bootstrap.npz"
+        return self.path / REPLICATES
 
     @property
     def log(self) -> Path:
@@ -139,12 +140,11 @@ class RunFolder:
         before = _flatten(with_defaults(yaml.safe_load(self.config.read_text(encoding="utf-8"))))
         now = _flatten(yaml.safe_load(config.to_yaml()))
         for key in sorted(before.keys() | now.keys()):
-            section = key.split(".")[0]
+            section, was, is_now = key.split(".")[0], before.get(key), now.get(key)
             if not trained and section not in ("data", "target"):
                 continue  # nothing but the target's scores is there: they depend on no other setting
-            if section not in FREE_SETTINGS and before.get(key) != now.get(key):
-                was, now_is = before.get(key), now.get(key)
-                raise InputError(f"{self} was made with {key} = {was!r}, now it is {now_is!r}: use another --out")
+            if section not in FREE_SETTINGS and was != is_now:
+                raise InputError(f"{self} was made with {key} = {was!r}, now it is {is_now!r}: use another --out")
 
     def write_config(self, config: Config) -> None:
         with atomic_path(self.config) as temporary:

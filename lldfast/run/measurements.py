@@ -25,7 +25,7 @@ def measured_steps(exp: Experiment) -> set[int]:
 
 
 def measure(
-    exp: Experiment, scorer: LanguageModel, step: int, folder: MethodFolder, weights: dict[str, float]
+    exp: Experiment, base: LanguageModel, step: int, folder: MethodFolder, weights: dict[str, float]
 ) -> dict[str, Any] | None:
     """Distance of the base to the target after `step` steps; its log-likelihoods go to a Parquet file.
 
@@ -35,14 +35,14 @@ def measure(
     if exp.target is None:
         return None
     texts = exp.evalset.select("measure")
-    vector = score(scorer, texts, batch_tokens=exp.config.measure.batch_tokens)
+    vector = score(base, texts, batch_tokens=exp.config.measure.batch_tokens)
     target = exp.target.select("measure")
     distance = kl(target, vector)
     path = folder.loglik(step)
     vector.save(path)
     exact = None
-    if exp.target_scorer is not None:
-        exact = true_kl(exp.target_scorer, scorer, texts, batch_tokens=exp.config.measure.batch_tokens)
+    if exp.target_model is not None:
+        exact = true_kl(exp.target_model, base, texts, batch_tokens=exp.config.measure.batch_tokens)
     return {
         "step": step,
         "kl": distance.total,

@@ -34,7 +34,7 @@ class WeightPlan(Protocol):
 
     initial: Weights
 
-    def bind(self, scorer: LanguageModel, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
+    def bind(self, model: LanguageModel, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
         """Give the plan the model in training, its optimizer, and where to say what it did; before the first step."""
 
     def at(self, step: int) -> Weights | None:
@@ -65,7 +65,7 @@ class FixedPlan:
         self.stages, self.origin = stages, origin
         self.initial = stages[0].weights
 
-    def bind(self, scorer: LanguageModel, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
+    def bind(self, model: LanguageModel, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
         """Nothing is estimated."""
 
     def at(self, step: int) -> Weights | None:
@@ -114,8 +114,8 @@ class EstimatedPlan:
         self._model: tuple[LanguageModel, torch.optim.Optimizer] | None = None
         self._say: Callable[[str], None] = lambda text: None
 
-    def bind(self, scorer: LanguageModel, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
-        self._model, self._say = (scorer, optimizer), say
+    def bind(self, model: LanguageModel, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
+        self._model, self._say = (model, optimizer), say
 
     def at(self, step: int) -> Weights | None:
         assert self._model is not None, "bind comes before the first step"
@@ -180,7 +180,7 @@ def make_controller(exp: Experiment, method: Method) -> LLDController:
         bootstrap=lld.bootstrap,
         seed=config.seed,
         batch_tokens=config.measure.batch_tokens,
-        gram_options=config.gram.options(),
+        gram_options=config.gram.keywords(),
     )
 
 

@@ -19,7 +19,7 @@ from lldfast.run.methods import Method, parse_method
 from lldfast.run.plan import WeightPlan
 from lldfast.weights.disclosure import disclosure, distillation_disclosure
 from lldfast.weights.file import WeightsFile
-from lldfast.weights.simplex import simplex
+from lldfast.weights.simplex import mixture
 
 VERSIONS = ("lldfast", "python", "platform", "torch", "numpy", "tiktoken", "tokenizers", "transformers")
 
@@ -40,8 +40,8 @@ def write_experiment(exp: Experiment, methods: Sequence[Method]) -> None:
 def describe(exp: Experiment, methods: Sequence[Method]) -> dict[str, Any]:
     """The content of experiment.json."""
     estimated, taught = any(m.rule for m in methods), taught_by(exp, [m for m in methods if m.distilled])
-    prepared = Path(exp.shards.path)
-    provenance = next((p for p in (prepared / "prepare.json", prepared.parent / "prepare.json") if p.exists()), None)
+    shards = Path(exp.shards.path)
+    prepared = next((p for p in (shards / "prepare.json", shards.parent / "prepare.json") if p.exists()), None)
     config = exp.config
     return {
         "format": "lldfast-run",
@@ -59,10 +59,10 @@ def describe(exp: Experiment, methods: Sequence[Method]) -> dict[str, Any]:
             "evalset_hash": exp.evalset.hash,
             "n_texts": len(exp.evalset),
             "mean_bytes": float(np.mean(exp.evalset.n_bytes)),
-            "sources": None if provenance is None else read_json(provenance)["arguments"]["inputs"],
+            "sources": None if prepared is None else read_json(prepared)["arguments"]["inputs"],
         },
         "ground_truth": exp.ground_truth,
-        "shared_tokenizer": exp.target_scorer is not None,
+        "shared_tokenizer": exp.target_model is not None,
         "delta_normalize": config.lld.per,
         "tau": config.lld.tau if np.isfinite(config.lld.tau) else "inf",
         "methods": [method.name for method in methods],
@@ -89,8 +89,7 @@ def method_weights(exp: Experiment, method: Method, plan: WeightPlan, folder: Me
     """The weights file of a method after its last step: for pass 1 the fixed recipe of eq. (8) with its trajectory, else
     what was trained on."""
     file = plan.record(folder)
-    names = list(file.weights)
-    file.weights = dict(zip(names, simplex(file.weights, names).tolist(), strict=True))
+    file.weights = mixture(file.weights, file.domains)
     file.method, file.objective = method.name, method.objective
     file.total_steps, file.per = exp.config.train.steps, exp.config.lld.per
     file.base, file.target = exp.base_identity, file.target or exp.target_identity

@@ -18,7 +18,7 @@ import numpy as np
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import read_json, write_json
 from lldfast.weights.rules import RULE_FIELDS, Rule, StepGram
-from lldfast.weights.simplex import Array, effective_domains, simplex
+from lldfast.weights.simplex import Array, effective_domains, mixture
 
 FORMAT, VERSION = "lldfast-weights", 1
 
@@ -35,7 +35,7 @@ class Estimate:
         weights: w_t.
         delta_se: standard errors of Delta_t over texts; None for a domain of one text, which resampling cannot vary.
         gram: G_t as a list of K rows in the order of the file's domains; None for rules without G.
-        gram_info: how G_t was estimated, see `LLDController.trajectory`.
+        gram_info: how G_t was estimated, see `lldfast.gram.step.StepEstimate`.
     """
 
     step: int
@@ -331,10 +331,9 @@ def save_weights(path: str | Path, weights: Named, **fields: Any) -> Path:
     """
     if not isinstance(weights, dict):
         raise InputError(f"{path}: weights must be {{domain: weight}}, got {type(weights).__name__}")
-    names = list(weights)
-    normalised = dict(zip(names, simplex(weights, names).tolist(), strict=True))
+    content = {"format": FORMAT, "version": VERSION, "weights": mixture(weights, list(weights)), **fields}
     try:
-        file = WeightsFile.from_json({"format": FORMAT, "version": VERSION, "weights": normalised, **fields})
+        file = WeightsFile.from_json(content)
     except (InputError, CorruptError) as error:
         raise type(error)(f"{path}: {error}") from None
     return file.save(path)
@@ -347,5 +346,4 @@ def load_weights(path: str | Path, domains: Sequence[str] | None = None) -> Name
         InputError: an unknown or missing domain (named, with the file), a negative or non-finite weight.
     """
     weights = WeightsFile.load(path).weights
-    names = list(weights) if domains is None else list(domains)
-    return dict(zip(names, simplex(weights, names, str(path)).tolist(), strict=True))
+    return mixture(weights, list(weights) if domains is None else list(domains), str(path))

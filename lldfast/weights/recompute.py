@@ -59,7 +59,7 @@ def recompute(
     total, names = file.total_steps, file.domains
     step_weights = step_weights or default_step_weights(rule.name, stages)
     weights = replay(rule, at, total, deltas, grams)
-    plan = combine(at, total, weights, aggregate=aggregate, step_weights=step_weights, stages=stages, split=split)
+    recipe = combine(at, total, weights, aggregate=aggregate, step_weights=step_weights, stages=stages, split=split)
     errors = None
     if aggregate != "none" and stages == 1:
         drawn = _replicates(Path(path).with_name(REPLICATES), at)
@@ -71,7 +71,7 @@ def recompute(
 
     made = dataclasses.replace(
         file,
-        weights=named(plan[-1][1] if aggregate == "none" else plan[0][1]),
+        weights=named(recipe[-1][1] if aggregate == "none" else recipe[0][1]),
         weights_se=None if errors is None else named(errors),
         # the weights of every step follow the rule too: a two-stage pass 2 is made from them
         trajectory=[dataclasses.replace(e, weights=named(w)) for e, w in zip(estimates, weights, strict=True)],
@@ -80,7 +80,7 @@ def recompute(
         disclosure=disclosure(rule.name, file.target) if file.target else file.disclosure,
         aggregate=aggregate,
         step_weights=step_weights,
-        stages=[Stage(step, named(w)) for step, w in plan] if stages == 2 else [],
+        stages=[Stage(step, named(w)) for step, w in recipe] if stages == 2 else [],
     )
     made.set_rule(rule, names)
     return made

@@ -1,4 +1,4 @@
-"""Rules along a run: from the trajectory of Delta_t (and G_t) to weights w_t, and how long each estimate was in force."""
+"""Rules along a run: from Delta_t (and G_t) to weights w_t, estimate by estimate, and along a stored trajectory."""
 
 from __future__ import annotations
 

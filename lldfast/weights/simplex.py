@@ -90,6 +90,15 @@ def simplex(values: Values, domains: Sequence[str], what: str = "weights") -> Ar
     return array / total
 
 
+def mixture(weights: Values, domains: Sequence[str], what: str = "weights") -> dict[str, float]:
+    """`simplex` by name, {domain: weight} in the order of `domains`.
+
+    Raises:
+        InputError: as `simplex`.
+    """
+    return dict(zip(domains, simplex(weights, domains, what).tolist(), strict=True))
+
+
 def softmax(logits: Array) -> Array:
     """Softmax over the last axis; -inf entries get weight 0."""
     top = logits.max(axis=-1, keepdims=True)

@@ -10,7 +10,6 @@ Every document knows its place, so that an interrupted reader can go on from the
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 import unicodedata
 import zlib
@@ -20,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lldfast.errors import CorruptError, InputError, LLDError, MissingDependencyError
+from lldfast.backends import require
+from lldfast.errors import CorruptError, InputError, LLDError
 
 LABEL_FIELDS = ("meta.pile_set_name", "domain")  # looked for, in this order, when no label field is given
 JSON_SUFFIXES = (".jsonl", ".ndjson")
@@ -176,7 +176,7 @@ class Source:
             raise CorruptError(f"{item.name} cannot be read as Parquet after {read} rows ({error})") from error
 
     def _dataset(self, item: Input, done: int) -> Iterator[Mapping[str, Any]]:
-        datasets = _require("datasets")
+        datasets = require("datasets", "this input needs")
         try:
             if item.kind == "disk":
                 data = datasets.load_from_disk(item.name)
@@ -302,7 +302,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _blocks(path: Path) -> Iterator[bytes]:
     """Decompressed blocks. Raises EOFError when a compressed file ends inside a frame, ValueError when it is damaged."""
     if path.suffix == ".zst":
-        zstandard = _require("zstandard")
+        zstandard = require("zstandard", "this input needs")
         failed: type[Exception] = zstandard.ZstdError
 
         def fresh() -> Any:
@@ -396,10 +396,3 @@ def _check_text(text: Any, domain: Any, where: str, text_field: str, domain_fiel
             except UnicodeEncodeError as error:
                 at = f"{error.reason} at character {error.start + 1}"
                 raise InputError(f"{where}: the {what} is not valid Unicode ({at})") from None
-
-
-def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError(f"this input needs the package {module}: pip install {module} ({error})") from error

@@ -1,4 +1,4 @@
-"""Gradients of single samples folded into sketches of their own, as sketch.py specifies the fold, without being stored.
+"""Gradients of single samples folded into sketches of their own, as fold.py specifies the fold, without being stored.
 
 `fold_outer`: a linear layer y = x W^T has for sample n the weight gradient
 
