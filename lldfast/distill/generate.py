@@ -37,7 +37,7 @@ from lldfast.data.making.prepare import verify
 from lldfast.data.mixture import permute, stream_key
 from lldfast.data.shards import ShardWriter, TokenShards, bad_token_error, write_manifest
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.errors import CorruptError, InputError
+from lldfast.errors import CorruptError, InputError, renamed_arguments
 from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
 from lldfast.models.decode import choose_token, decoder_of, draw_levels
 from lldfast.models.language_model import UNLIMITED, LanguageModel, load_model
@@ -60,6 +60,7 @@ class Sampling(NamedTuple):
     vocab: int  # no id from here on is drawn
 
 
+@renamed_arguments(model_or_scorer="model")
 def generate(
     model: Any,
     data: str | os.PathLike[str],
