@@ -25,7 +25,7 @@ import torch
 from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.errors import InputError, renamed_arguments
+from lldfast.errors import InputError, naming, renamed_arguments
 from lldfast.files import atomic_path
 from lldfast.gram.options import GramOptions
 from lldfast.gram.step import GRAM_OPTIONS, estimate_step, info_line
@@ -308,14 +308,22 @@ class LLDController:
 
         Args:
             aggregate, step_weights: as `aggregate`'s method and step_weights.
-            about: further provenance, by its names in docs/FORMATS.md: corpus_hash, method, ...
+            about: further provenance: corpus_hash, tokenizer, method, ...
 
         Raises:
-            InputError: there is no estimate yet, or a value of `about` cannot be JSON.
+            InputError: there is no estimate yet, `about` has a field of the estimates or of the rule, which are the controller's
+                to say, or a value of it cannot be JSON.
             WriteError: the file cannot be written.
         """
         file = self.record(aggregate=aggregate, step_weights=step_weights)
-        file.about |= about
+        own = file.to_json()
+        free = {*file.about, "method", "objective", "base", "target", "disclosure"}
+        for name in (own.keys() - free) & about.keys():
+            raise InputError(f"LLDController.save: {name!r} is what the controller has estimated, and cannot be given")
+        with naming(path):
+            file = WeightsFile.from_json(own | about)
+        if "disclosure" not in about:
+            file.disclosure = disclosure(self.rule.name, file.target)
         self.save_replicates(Path(path).with_name(REPLICATES))
         return file.save(path)
 

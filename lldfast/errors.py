@@ -5,11 +5,12 @@ The command line prints errors without a traceback; library callers can catch `L
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -44,6 +45,15 @@ class MissingDependencyError(LLDError, ImportError):
 
 class TrainingError(LLDError, RuntimeError):
     """Training cannot go on: a loss or gradient is not finite."""
+
+
+@contextlib.contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Put the name of a file before the message of an `InputError` or `CorruptError` of the block."""
+    try:
+        yield
+    except (InputError, CorruptError) as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def deprecated(old: str, new: str, *, stacklevel: int = 3) -> None:

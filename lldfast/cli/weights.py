@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lldfast.cli.options import add_fields, values_of
-from lldfast.errors import InputError
+from lldfast.errors import InputError, naming
 from lldfast.terminal import aligned
 from lldfast.weights.options import RuleOptions
 
@@ -41,7 +41,10 @@ def run(options: argparse.Namespace) -> None:
 
     path = find_trajectory(Path(options.run), options.method)
     changes = values_of(options, RuleOptions) | ({} if options.rule is None else {"name": options.rule})
-    rule = dataclasses.replace(WeightsFile.load(path).made_by(), **changes)
+    file = WeightsFile.load(path)
+    with naming(path):
+        made_by = file.made_by()
+    rule = dataclasses.replace(made_by, **changes)
     result = recompute(
         path,
         rule=rule,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lldfast.errors import InputError
+from lldfast.errors import InputError, naming
 from lldfast.weights.disclosure import disclosure
 from lldfast.weights.file import Named, Stage, WeightsFile
 from lldfast.weights.recipe import aggregation, combine, default_step_weights, recipe_errors
@@ -44,8 +44,9 @@ def recompute(
         CorruptError: the file is damaged.
     """
     file = WeightsFile.load(path)
-    at, deltas, grams = file.arrays()
-    rule = rule or file.made_by()
+    with naming(path):
+        at, deltas, grams = file.arrays()
+        rule = rule or file.made_by()
     aggregate = aggregation(rule.name, aggregate)
     estimates = file.trajectory
     if steps is not None:
@@ -55,6 +56,9 @@ def recompute(
         keep = [i for i, step in enumerate(at) if step in set(steps)]
         at, deltas = [at[i] for i in keep], deltas[keep]
         grams, estimates = [grams[i] for i in keep], [estimates[i] for i in keep]
+    if rule.needs_gram and any(gram is None for gram in grams):
+        step = at[grams.index(None)]
+        raise InputError(f"{path}: rule {rule.name!r} needs a Gram matrix at every step, and none is stored at step {step}")
     assert file.total_steps is not None  # as a file with a trajectory has been checked to say
     total, names = file.total_steps, file.domains
     step_weights = step_weights or default_step_weights(rule.name, stages)
