@@ -103,7 +103,7 @@ class _Forwarding(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         present = self.former[module.__name__]
-        deprecated(module.__name__, " or ".join(present), stacklevel=2)
+        deprecated(module.__name__, " or ".join(present), stacklevel=3)  # Python skips the frames of its import system
         homes = [importlib.import_module(name) for name in present]
 
         def find(name: str) -> Any:
@@ -113,6 +113,7 @@ class _Forwarding(MetaPathFinder, Loader):
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = find  # type: ignore[method-assign]
+        module.__all__ = sorted({name for home in homes for name in vars(home) if not name.startswith("_")})  # for `import *`
 
 
 def forward_modules(former: Mapping[str, Sequence[str]]) -> None:

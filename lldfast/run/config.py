@@ -278,6 +278,7 @@ class Config:
 
 # Keys of the configuration that have another name now: they go on working, with a DeprecationWarning.
 RENAMED_KEYS = {"lld.normalise": "lld.gram_scale", "lld.normalize": "lld.per"}
+RENAMED_SECTIONS = {old.split(".")[0] for old in RENAMED_KEYS}
 
 
 def present_names(stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -289,15 +290,34 @@ def present_names(stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     found = []
     for old, new in RENAMED_KEYS.items():
         section, key = old.split(".")
-        values = stored.get(section)
-        if not isinstance(values, dict) or key not in values:
-            continue
         present = new.split(".")[1]
-        if present in values:
+        values = _section(stored.get(section))
+        if isinstance(values, dict) and key in values:
+            renamed = {**stored, section: _with_name(values, key, present)}
+        elif old in stored:  # `lld.tau: 2`, which the parser takes as it takes `lld: {tau: 2}`
+            renamed = _with_name(stored, old, new)
+        else:
+            continue
+        if new in stored or (isinstance(values, dict) and present in values):
             raise InputError(f"{old} is the former name of {new}: give only {new}")
-        stored = {**stored, section: {present if name == key else name: value for name, value in values.items()}}
+        stored = renamed
         found.append(old)
     return stored, found
+
+
+def _with_name(values: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """`values` with one key called otherwise, at its place."""
+    return {new if name == old else name: value for name, value in values.items()}
+
+
+def _section(value: Any) -> Any:
+    """The settings of a section, which the parser also takes as the name of a file that holds them, or as their text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value)
+    except (OSError, ValueError, yaml.YAMLError):
+        return value  # the parser says what is wrong with it
 
 
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
@@ -346,7 +366,14 @@ def _arguments(argv: list[str]) -> list[str]:
             deprecated(key, f"--{RENAMED_KEYS[key.removeprefix('--')]}", stacklevel=4)
             key = f"--{RENAMED_KEYS[key.removeprefix('--')]}"
             arg = key + equals + value
-        if key in ("--recipe", "--method", "--methods", "--config"):
+        if key.removeprefix("--") in RENAMED_SECTIONS:
+            value = value or next(rest, "")
+            section = key.removeprefix("--")
+            stored, found = present_names({section: value})
+            for old in found:
+                deprecated(f"{key} {{{old.removeprefix(section + '.')}: ...}}", f"--{RENAMED_KEYS[old]}", stacklevel=4)
+            args += [f"{key}={json.dumps(stored[section])}" if found else f"{key}={value}"] if value else [key]
+        elif key in ("--recipe", "--method", "--methods", "--config"):
             value = value or next(rest, "")
             if not value or value.startswith("--"):
                 raise InputError(f"{key} needs a value")
@@ -377,6 +404,8 @@ def _config_argument(path: str) -> str:
     """`--config=FILE`; the content itself under present names, which the parser takes too, where FILE has former keys."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {path} is not a text file ({error})") from None
     except (OSError, ValueError, yaml.YAMLError):
         return f"--config={path}"  # the parser says what is wrong with it
     if not isinstance(content, dict):
