@@ -29,7 +29,7 @@ from lldfast.errors import InputError, naming, renamed_arguments
 from lldfast.files import atomic_path
 from lldfast.gram.options import GramOptions
 from lldfast.gram.step import GRAM_OPTIONS, estimate_step, info_line
-from lldfast.measure.loglik import LoglikVector, check_same_texts, delta
+from lldfast.measure.loglik import PER, LoglikVector, check_same_texts, delta
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
 from lldfast.models.language_model import LanguageModel
@@ -87,7 +87,8 @@ class LLDController:
                 steps), and precondition, where "adamw" stands for the optimizer given to `step`.
 
         Raises:
-            InputError: an unknown entry of gram_options; target and evalset do not cover the same texts, or there are no texts.
+            InputError: an unknown entry of gram_options; target and evalset do not cover the same texts, or there are no texts;
+                an unknown `per`.
         """
         if "estimate" in evalset.part:
             evalset = evalset.select("estimate")
@@ -96,6 +97,8 @@ class LLDController:
         if len(target) != len(evalset) and "estimate" in target.part:
             target = target.select("estimate")
         check_same_texts(target, evalset, ("the target's scores", "the controller's evaluation texts"))
+        if per not in PER:
+            raise InputError(f"per={per!r} is not one of {', '.join(PER)}")
         if bootstrap == 1 or bootstrap < 0:
             raise InputError(f"bootstrap must be 0 or at least 2, got {bootstrap}")
         self.gram_options = dict(gram_options or {})

@@ -113,7 +113,8 @@ class _Forwarding(MetaPathFinder, Loader):
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = find  # type: ignore[method-assign]
-        module.__all__ = sorted({name for home in homes for name in vars(home) if not name.startswith("_")})  # for `import *`
+        public = {name for home in homes for name in vars(home) if not name.startswith("_")}
+        vars(module)["__all__"] = sorted(public)  # for `import *`
 
 
 def forward_modules(former: Mapping[str, Sequence[str]]) -> None:

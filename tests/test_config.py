@@ -7,7 +7,9 @@ import yaml
 
 from lldfast.data.making.options import CorpusOptions, PrepareOptions
 from lldfast.errors import InputError
+from lldfast.ops.distill.options import DistillOptions
 from lldfast.run.config import Config, DataConfig, GramConfig, parse_config, parse_method, recipe_path, with_defaults
+from lldfast.run.distill import DistillConfig
 from lldfast.terminal import option_help
 
 
@@ -136,11 +138,16 @@ def test_the_data_section_is_the_options_of_prepare():
 def test_help_says_what_options_mean(capsys):
     with pytest.raises(SystemExit) as done:
         parse_config(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = "".join(capsys.readouterr().out.split())  # lines are broken at spaces and hyphens
     assert done.value.code == 0
-    for section in (DataConfig, GramConfig):
-        for text in option_help(section).values():
-            assert f" {text} (type: " in shown
+    sections = [type(value) for value in vars(Config()).values() if dataclasses.is_dataclass(value)]
+    for section in (Config, *sections):
+        said = (option_help(DistillOptions) if section is DistillConfig else {}) | option_help(section)
+        for option in dataclasses.fields(section):
+            if dataclasses.is_dataclass(option.default_factory):
+                continue  # a section
+            assert said.get(option.name), f"{section.__name__}.{option.name} has no help text"
+            assert said[option.name].replace(" ", "") in shown
 
 
 def test_values_as_people_write_them(tmp_path):

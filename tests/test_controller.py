@@ -363,6 +363,11 @@ def test_save_takes_provenance_and_no_estimates(tmp_path):
         c.save(tmp_path / "w.json", target="T")
 
 
+def test_an_unknown_unit_is_refused_at_once():
+    with pytest.raises(InputError, match="per='nonsense' is not one of base_tokens, bytes, texts"):
+        controller(per="nonsense")
+
+
 def test_former_names_work_and_say_the_present_one():
     with pytest.warns(DeprecationWarning, match="per="):
         c = controller(normalize="texts")

@@ -271,3 +271,15 @@ def test_weights_are_saved_by_name_only(tmp_path):
     with pytest.raises(InputError, match="cannot be written as JSON"):
         save_weights(tmp_path / "w.json", {"a": 1.0}, tau=float("nan"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_replicates_are_named(run):
+    path = run.with_name("delta_bootstrap.npz")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"text"):
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptError, match=r"delta_bootstrap\.npz is not a readable file"):
+            recompute(run)
+    np.savez(path, steps=np.array(STEPS[1:]), deltas=np.zeros((5, 4, 3)))
+    with pytest.raises(CorruptError, match=r"delta_bootstrap\.npz does not have the steps"):
+        recompute(run)

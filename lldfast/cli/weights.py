@@ -27,8 +27,12 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--aggregate", choices=["geometric", "arithmetic", "none"], default="geometric", help="none: the last estimate"
     )
-    parser.add_argument("--step-weights", choices=["equal", "elapsed"])
-    parser.add_argument("--stages", type=int, choices=[1, 2], default=1)
+    parser.add_argument(
+        "--step-weights",
+        choices=["equal", "elapsed"],
+        help="of the estimates: equal, eq. (8), or by the time each was in force (default: elapsed for mirror and two stages)",
+    )
+    parser.add_argument("--stages", type=int, choices=[1, 2], default=1, help="mixtures of the recipe: one, or one for each half")
     parser.add_argument("--steps", type=int, nargs="+", help="use these estimates only")
     parser.add_argument("--out", help="weights file to write")
     parser.set_defaults(execute=run)

@@ -19,6 +19,7 @@ import yaml
 from lldfast.data.making.options import CorpusOptions
 from lldfast.errors import InputError, deprecated
 from lldfast.gram.options import GramOptions
+from lldfast.ops.distill.options import DistillOptions
 from lldfast.run.distill import DistillConfig
 from lldfast.run.methods import Method, parse_method
 from lldfast.schedule import estimation_steps
@@ -49,7 +50,13 @@ class DataConfig(CorpusOptions, DataOrigin):  # a dataclass has the last base's 
 
 @dataclass
 class ModelConfig:
-    """The base model. `init` is a folder written by lldfast to continue from, its shape included; unset for random weights."""
+    """The base model.
+
+    Attributes:
+        preset: a shape by name: demo-330k, nano-124m, ...
+        n_layer, n_head, n_embd, block_size, dropout: in place of the preset's.
+        init: a folder written by lldfast to continue from, its shape included; unset for random weights.
+    """
 
     preset: str = "nano-124m"
     n_layer: int | None = None
@@ -71,7 +78,10 @@ class TargetConfig:
             controlled experiment of section 4.2 on data of your own. Instead of `model`.
         weights: a weights file with the mixture the target was trained on, where known (only reported against); an lldfast
             checkpoint that records its own mixture needs none.
+        steps: length of the target's training, for `mixture`; unset: train.steps.
         licence: recorded with every weights file; found by itself for models that state theirs.
+        bos: token before each text: one always (auto), what its tokenizer does (native), none.
+        dtype: of its weights.
     """
 
     model: str | None = None
@@ -136,11 +146,21 @@ class TrainConfig:
     """The loop. Batch sizes count sequences of block_size tokens; `batch_size` is one optimiser step.
 
     Attributes:
+        steps: optimiser steps.
+        batch_size: sequences of an optimiser step.
+        micro_batch_size: sequences of a forward and backward pass; divides batch_size.
+        learning_rate: at the end of the warmup; it falls by a cosine to min_lr.
+        min_lr: learning rate at the last step.
+        weight_decay, beta1, beta2, eps: of AdamW.
+        grad_clip: largest norm of a gradient; 0 for none.
         draw: what one draw of a domain fills: "sequence" (systematic sampling over the step), "micro_batch", or "step" (paper).
         warmup: share of the steps.
         dtype: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; "bfloat16" is refused where the
             hardware lacks it.
+        compile: run the model through torch.compile.
+        device: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...
         threads: torch threads; unset leaves torch's choice.
+        checkpoint_every: steps between checkpoints.
     """
 
     steps: int = 10_000
@@ -164,7 +184,13 @@ class TrainConfig:
 
 @dataclass
 class MeasureConfig:
-    """Measurements on the texts kept for them: at the steps of S, thinned to about `times`, and after the last step."""
+    """Measurements on the texts kept for them: at the steps of S, thinned to about `times`, and after the last step.
+
+    Attributes:
+        times: about how many.
+        true_kl: the token-level KL too, where target and base share a tokenizer.
+        batch_tokens: most tokens of an evaluation batch.
+    """
 
     times: int = 20
     true_kl: bool = True
@@ -173,6 +199,17 @@ class MeasureConfig:
 
 @dataclass
 class LogConfig:
+    """What a run says while it goes on, and after it.
+
+    Attributes:
+        every: steps between records of the log.
+        progress: show a progress bar.
+        tensorboard: write event files for TensorBoard too.
+        wandb: project at Weights & Biases to write to; unset for none.
+        report: write report.html.
+        map: of models in the report: pca or tsne.
+    """
+
     every: int = 10
     progress: bool = True
     tensorboard: bool = False
@@ -183,7 +220,14 @@ class LogConfig:
 
 @dataclass
 class Config:
-    """Everything a run needs. `methods` names what is trained, one after the other: see `parse_method`."""
+    """Everything a run needs.
+
+    Attributes:
+        out: the run folder.
+        methods: what is trained, one after the other: see `parse_method`.
+        seed: of the weights at the start, of the data's order and of resampling.
+        recipe: a shipped recipe or a .yaml file that the other settings are over.
+    """
 
     out: str = "runs/lldfast"
     methods: list[str] = field(default_factory=lambda: ["uniform", "iterative", "aggregated"])
@@ -447,6 +491,9 @@ def _explain(parser: ArgumentParser) -> None:
     """Give every option the help text of its field; jsonargparse does it only where docstring_parser is installed."""
     sections = {name: type(value) for name, value in vars(Config()).items() if dataclasses.is_dataclass(value)}
     meaning = {f"{name}.{key}": text for name, section in sections.items() for key, text in option_help(section).items()}
+    meaning |= option_help(Config)
+    for key, text in option_help(DistillOptions).items():  # settings of the loss, which the section passes on
+        meaning.setdefault(f"distill.{key}", f"{text}; unset: the preset's")
     for action in parser._actions:
         if action.dest in meaning:
             action.help = meaning[action.dest].replace("%", "%%")
