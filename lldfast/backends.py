@@ -219,7 +219,8 @@ def pick_device(name: str | torch.device = "auto", what: str = "device") -> torc
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" makes tensors, and has no values
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{what} {str(name)!r} cannot be used here: {error}") from None
+        reason = str(error).split(". ")[0].splitlines()[0]  # torch goes on with advice and, for some, with pages of its tables
+        raise InputError(f"{what} {str(name)!r} cannot be used here: {reason}") from None
     return device
 
 

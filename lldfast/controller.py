@@ -24,11 +24,11 @@ import torch
 from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.errors import InputError, deprecated, renamed_arguments
+from lldfast.errors import InputError, deprecated, naming, renamed_arguments
 from lldfast.files import atomic_path
 from lldfast.gram.options import GramOptions
 from lldfast.gram.step import GRAM_OPTIONS, estimate_step, info_line
-from lldfast.measure.loglik import LoglikVector, check_same_texts, delta
+from lldfast.measure.loglik import PER, LoglikVector, check_same_texts, delta
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
 from lldfast.models.language_model import LanguageModel
@@ -86,7 +86,8 @@ class LLDController:
                 steps), and precondition, where "adamw" stands for the optimizer given to `step`.
 
         Raises:
-            InputError: an unknown entry of gram_options; target and evalset do not cover the same texts, or there are no texts.
+            InputError: an unknown entry of gram_options; target and evalset do not cover the same texts, or there are no texts;
+                an unknown `per`.
         """
         if "estimate" in evalset.part:
             evalset = evalset.select("estimate")
@@ -95,6 +96,8 @@ class LLDController:
         if len(target) != len(evalset) and "estimate" in target.part:
             target = target.select("estimate")
         check_same_texts(target, evalset, ("the target's scores", "the controller's evaluation texts"))
+        if per not in PER:
+            raise InputError(f"per={per!r} is not one of {', '.join(PER)}")
         if bootstrap == 1 or bootstrap < 0:
             raise InputError(f"bootstrap must be 0 or at least 2, got {bootstrap}")
         self.gram_options = dict(gram_options or {})
@@ -308,14 +311,22 @@ class LLDController:
 
         Args:
             aggregate, step_weights: as `aggregate`'s method and step_weights.
-            about: further provenance, by its names in docs/FORMATS.md: corpus_hash, method, ...
+            about: further provenance: corpus_hash, tokenizer, method, ...
 
         Raises:
-            InputError: there is no estimate yet, or a value of `about` cannot be JSON.
+            InputError: there is no estimate yet, `about` has a field of the estimates or of the rule, which are the controller's
+                to say, or a value of it cannot be JSON.
             WriteError: the file cannot be written.
         """
         file = self.record(aggregate=aggregate, step_weights=step_weights)
-        file.about |= about
+        own = file.to_json()
+        free = {*file.about, "method", "objective", "base", "target", "disclosure"}
+        for name in (own.keys() - free) & about.keys():
+            raise InputError(f"LLDController.save: {name!r} is what the controller has estimated, and cannot be given")
+        with naming(path):
+            file = WeightsFile.from_json(own | about)
+        if "disclosure" not in about:
+            file.disclosure = disclosure(self.rule.name, file.target)
         self.save_replicates(Path(path).with_name(REPLICATES))
         return file.save(path)
 

@@ -5,11 +5,12 @@ The command line prints errors without a traceback; library callers can catch `L
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -44,6 +45,15 @@ class MissingDependencyError(LLDError, ImportError):
 
 class TrainingError(LLDError, RuntimeError):
     """Training cannot go on: a loss or gradient is not finite."""
+
+
+@contextlib.contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Put the name of a file before the message of an `InputError` or `CorruptError` of the block."""
+    try:
+        yield
+    except (InputError, CorruptError) as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def deprecated(old: str, new: str, *, stacklevel: int = 3) -> None:
@@ -93,7 +103,7 @@ class _Forwarding(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         present = self.former[module.__name__]
-        deprecated(module.__name__, " or ".join(present), stacklevel=2)
+        deprecated(module.__name__, " or ".join(present), stacklevel=3)  # Python skips the frames of its import system
         homes = [importlib.import_module(name) for name in present]
 
         def find(name: str) -> Any:
@@ -103,6 +113,8 @@ class _Forwarding(MetaPathFinder, Loader):
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = find  # type: ignore[method-assign]
+        public = {name for home in homes for name in vars(home) if not name.startswith("_")}
+        vars(module)["__all__"] = sorted(public)  # for `import *`
 
 
 def forward_modules(former: Mapping[str, Sequence[str]]) -> None:

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Sequence
 
 from tqdm import tqdm
@@ -16,7 +17,10 @@ from lldfast.errors import LLDError
 def exit_status(command: Callable[[], object]) -> int:
     """Run a command: 0 when it is done, 1 for an error that a user can act on, printed as one line, 130 when interrupted."""
     try:
-        command()
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # Python shows them to a program's author alone; here the one who typed the name must read it
+                warnings.filterwarnings("default", category=DeprecationWarning, module=r"lldfast\b")
+            command()
         return 0
     except BrokenPipeError:  # `lldfast ... | head`: nobody reads on, and the flush at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

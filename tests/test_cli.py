@@ -1,6 +1,7 @@
 """The command line: user errors are one line and status 1, and `--help` covers every command."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -48,6 +49,11 @@ def test_every_command_is_documented():
     assert len(commands()._choices_actions) == len(commands().choices) == 11
     for action in commands()._choices_actions:
         assert action.help
+
+
+def test_every_option_has_a_help_text():
+    for name, command in build_parser()._subparsers._group_actions[0].choices.items():
+        assert not [action.dest for action in command._actions if not action.help], name
 
 
 def test_help_needs_no_library():
@@ -110,6 +116,7 @@ def test_score_tells_a_bad_device_model_or_place_before_it_works(scored, capsys)
     for model, rest, message in [
         (scored / "model", [*data, str(scored / "x"), "--device", "gpu"], "--device 'gpu' cannot be used here"),
         (scored / "model", [*data, str(scored / "x"), "--device", "meta"], "--device 'meta' cannot be used here"),
+        (scored / "model", [*data, str(scored / "x"), "--device", "mps"], "--device 'mps' cannot be used here"),
         (scored / "model", [*data, str(scored)], "not the name of a file to write"),
         (scored / "model", [*data, str(scored / "one.parquet" / "x")], "cannot write"),
         ("package:numpy", [*data, str(scored / "x")], "expected package:NAME/FILE"),
@@ -119,8 +126,26 @@ def test_score_tells_a_bad_device_model_or_place_before_it_works(scored, capsys)
     ]:
         assert main(["score", str(model), *rest]) == 1
         err = capsys.readouterr().err
-        assert err.startswith("error: ") and message in err and err.count("\n") == 1
+        assert err.startswith("error: ") and message in err and err.count("\n") == 1 and len(err) < 400
     assert not (scored / "x").exists()
+
+
+def test_gram_compares_the_texts_before_a_model_runs(scored, capsys, tmp_path):
+    args = ["gram", str(scored / "model"), "--data", str(scored / "one.parquet"), "--out", str(tmp_path / "g.npz")]
+    assert main([*args, "--target", str(scored / "two-scored.parquet")]) == 1
+    said = capsys.readouterr().err
+    assert "two-scored.parquet and the evaluation texts of" in said and "device" not in said and not (tmp_path / "g.npz").exists()
+
+
+def test_prepare_takes_the_tokenizer_of_an_lldfast_model(scored, tmp_path):
+    from lldfast.data.shards import TokenShards
+
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"text": f"some text, number {i} " * 20, "d": "a"}) + "\n" for i in range(40))
+    )
+    args = ["prepare", str(tmp_path / "t.jsonl"), "--domain-field", "d", "--eval-per-domain", "4", "--quiet"]
+    assert main([*args, "--tokenizer", str(scored / "model"), "--out", str(tmp_path / "data")]) == 0
+    assert TokenShards(tmp_path / "data").load_tokenizer().name == "bytes"
 
 
 @pytest.mark.parametrize(

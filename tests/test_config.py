@@ -7,7 +7,9 @@ import yaml
 
 from lldfast.data.making.options import CorpusOptions, PrepareOptions
 from lldfast.errors import InputError
+from lldfast.ops.distill.options import DistillOptions
 from lldfast.run.config import Config, DataConfig, GramConfig, parse_config, parse_method, recipe_path, with_defaults
+from lldfast.run.distill import DistillConfig
 from lldfast.terminal import option_help
 
 
@@ -136,11 +138,16 @@ def test_the_data_section_is_the_options_of_prepare():
 def test_help_says_what_options_mean(capsys):
     with pytest.raises(SystemExit) as done:
         parse_config(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = "".join(capsys.readouterr().out.split())  # lines are broken at spaces and hyphens
     assert done.value.code == 0
-    for section in (DataConfig, GramConfig):
-        for text in option_help(section).values():
-            assert f" {text} (type: " in shown
+    sections = [type(value) for value in vars(Config()).values() if dataclasses.is_dataclass(value)]
+    for section in (Config, *sections):
+        said = (option_help(DistillOptions) if section is DistillConfig else {}) | option_help(section)
+        for option in dataclasses.fields(section):
+            if dataclasses.is_dataclass(option.default_factory):
+                continue  # a section
+            assert said.get(option.name), f"{section.__name__}.{option.name} has no help text"
+            assert said[option.name].replace(" ", "") in shown
 
 
 def test_values_as_people_write_them(tmp_path):
@@ -229,3 +236,30 @@ def test_former_keys_go_on_working_and_say_the_present_ones(tmp_path):
     former.write_text("lld: {gram_scale: none, normalise: corr}\n")
     with pytest.raises(InputError, match=r"lld\.normalise is the former name of lld\.gram_scale"):
         parse_config(["--config", str(former)])
+
+
+@pytest.mark.parametrize("form", ["--lld=TEXT", "--lld TEXT", "--lld section.yaml", "--config ref.yaml", "--config dot.yaml"])
+def test_former_keys_of_a_section_given_whole(tmp_path, monkeypatch, form):
+    """The parser also takes a section as text, as the name of a file, and its keys with dots: former names pass there too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "section.yaml").write_text("{normalise: corr, tau: 4.0}")
+    (tmp_path / "ref.yaml").write_text("lld: section.yaml\nmethods: [uniform]")
+    (tmp_path / "dot.yaml").write_text("lld.normalise: corr\nlld.tau: 4.0\nmethods: [uniform]")
+    arguments = [part.replace("TEXT", "{normalise: corr, tau: 4.0}") for part in form.split()]
+    with pytest.warns(DeprecationWarning, match=r"lld\.gram_scale"):
+        lld = parse_config([*arguments, "--method=uniform"]).lld
+    assert (lld.gram_scale, lld.tau) == ("corr", 4.0)
+
+
+def test_a_config_that_is_no_text(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xbb\xff")
+    for option in ("--config", "--recipe"):
+        with pytest.raises(InputError, match=r"c\.yaml is not a text file"):
+            parse_config([option, str(tmp_path / "c.yaml")])
+
+
+def test_former_names_are_told_to_whoever_types_them():
+    said = subprocess.run(
+        [sys.executable, "-m", "lldfast", "train", "--lld.normalise=corr", "--print_config"], capture_output=True, text=True
+    )
+    assert "gram_scale: corr" in said.stdout and "--lld.normalise is deprecated: use --lld.gram_scale" in said.stderr

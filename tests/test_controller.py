@@ -13,7 +13,7 @@ import torch
 from lldfast.controller import GRAM_OPTIONS, LLDController
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
-from lldfast.errors import InputError
+from lldfast.errors import CorruptError, InputError
 from lldfast.gram import estimate
 from lldfast.gram import step as gram_step
 from lldfast.gram.options import MODES, GramOptions
@@ -350,6 +350,24 @@ def test_save_says_all_that_the_controller_knows(tmp_path):
     assert file.target["name"] in file.disclosure and file.about["evalset_hash"] == c.evalset.hash
     offline = recompute(tmp_path / "w.json")
     assert offline.weights == pytest.approx(file.weights, abs=1e-12) and offline.weights_se == pytest.approx(file.weights_se)
+
+
+def test_save_takes_provenance_and_no_estimates(tmp_path):
+    c = controller()
+    c.step(0, BASE)
+    file = WeightsFile.load(c.save(tmp_path / "w.json", method="mine", seed=7, target={"name": "T", "licence": "MIT"}))
+    assert (file.method, file.about["seed"], file.target["licence"]) == ("mine", 7, "MIT")
+    assert "'T' (licence: MIT)" in file.disclosure
+    for name in ("weights", "trajectory", "rule", "tau"):
+        with pytest.raises(InputError, match=f"'{name}' is what the controller has estimated"):
+            c.save(tmp_path / "w.json", **{name: None})
+    with pytest.raises(CorruptError, match=r"w\.json: its target is 'T', not an object"):
+        c.save(tmp_path / "w.json", target="T")
+
+
+def test_an_unknown_unit_is_refused_at_once():
+    with pytest.raises(InputError, match="per='nonsense' is not one of base_tokens, bytes, texts"):
+        controller(per="nonsense")
 
 
 def test_former_names_work_and_say_the_present_one():

@@ -226,3 +226,13 @@ def test_the_public_names_are_there():
         assert getattr(lld, name) is not None
     assert callable(lld.gram.estimate) and callable(lld.gram.Accumulator) and callable(lld.weights.adjusted_direction)
     assert callable(lld.teach.teach) and callable(lld.generate.generate) and callable(lld.modelmap.model_map)
+
+
+def test_the_warning_points_at_the_line_that_imports(tmp_path):
+    """Python shows a DeprecationWarning by default where it points at the program itself."""
+    (tmp_path / "mine.py").write_text(
+        "import lldfast.rules\nfrom lldfast.loglik import *\nfrom lldfast import Scorer\nprint(delta)\n"
+    )
+    said = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    for line, name in [(1, "lldfast.rules"), (2, "lldfast.loglik"), (3, "lldfast.Scorer")]:
+        assert f"mine.py:{line}: DeprecationWarning: {name} is deprecated" in said

@@ -175,6 +175,7 @@ def test_load_checks_names(run, tmp_path):
         ('{"a": -1, "b": 2}', InputError, "-1"),
         ('{"format": "lldfast-weights", "version": 9, "weights": {"a": 1}}', CorruptError, "version 9"),
         ('{"format": "lldfast-weights", "version": 1, "weights": {}}', InputError, "no weights"),
+        ('{"format": "lldfast-weights", "version": 1, "weights": {"a": "x"}}', InputError, "weight of domain 'a' is 'x'"),
     ],
 )
 def test_bad_files(tmp_path, text, error, message):
@@ -201,6 +202,9 @@ def test_disclosure_names_the_target():
         (lambda f: f["trajectory"][1]["weights"].pop("Github"), "weights of step 1 does not have its domains"),
         (lambda f: f["trajectory"][1]["delta"].update(Github=float("nan")), "delta of step 1 is nan for domain 'Github'"),
         (lambda f: f["trajectory"][1].update(gram=[[1.0]]), "gram of step 1"),
+        (lambda f: f["trajectory"][1].update(gram=[[1, 2, 3], [1, 2], [3]]), "gram of step 1 does not have a row"),
+        (lambda f: f["trajectory"][1].update(gram=[["x"] * 3] * 3), "gram of step 1 does not have a row"),
+        (lambda f: f["trajectory"][1].update(gram=[[float("nan")] * 3] * 3), "gram of step 1 has an entry that is not finite"),
         (lambda f: f["trajectory"][1].update(gram_info=[1]), "gram_info of step 1 is not an object"),
         (lambda f: f["trajectory"][1].update(gram_info={"ridge": -1}), "gram_info of step 1 has the ridge -1"),
         (lambda f: f["trajectory"][1].update(gram_info={"ridge": "x"}), "gram_info of step 1 has the ridge 'x'"),
@@ -211,6 +215,10 @@ def test_disclosure_names_the_target():
         ),
         (lambda f: f.pop("total_steps"), "total_steps is None"),
         (lambda f: f.update(total_steps=0), "total_steps is 0"),
+        (lambda f: f.update(domains=[1, 2, 3]), "its domains are not a list of names"),
+        (lambda f: f.update(stages=5), "its stages is 5, not a list"),
+        (lambda f: f.update(target="gpt2"), "its target is 'gpt2', not an object"),
+        (lambda f: f.update(rule=["iterative"]), "its rule is .*, not a string"),
     ],
 )
 def test_damaged_trajectories_are_named(run, change, message):
@@ -228,10 +236,33 @@ def test_rules_of_altered_files(run):
         ({"prior": [1.0]}, "prior"),
         ({"rule": "x"}, "unknown rule 'x'"),
         ({"radius": 0}, "radius"),
+        ({"step_size": None}, "step_size must be a number, got None"),
+        ({"floor": [0.1]}, "floor must be a number"),
+        ({"ridge": {}}, "ridge must be a number"),
+        ({"ridge": float("inf")}, "ridge must be >= 0 and finite"),
+        ({"prior": dict.fromkeys(NAMES, "x")}, "prior: expected numbers"),
+        ({"prior": dict.fromkeys(NAMES, 0)}, "prior: all weights are zero"),
+        ({"rule": "adjusted"}, "needs a Gram matrix at every step, and none is stored at step 0"),
     ]:
         run.write_text(json.dumps({**file, **change}))
-        with pytest.raises((InputError, CorruptError), match=message):
+        with pytest.raises((InputError, CorruptError), match=rf"weights\.json: .*{message}"):
             recompute(run)
+
+
+def test_what_is_not_known_is_kept(run):
+    """Fields of a person's or of another program's, of the file and of an estimate, survive a save and a recomputation."""
+    file = json.loads(run.read_text())
+    file["note"] = [1]
+    file["trajectory"][1]["note"] = "by hand"
+    run.write_text(json.dumps(file))
+    for kept in (WeightsFile.load(run).to_json(), recompute(run).to_json()):
+        assert kept["note"] == [1] and [entry.get("note") for entry in kept["trajectory"]][:3] == [None, "by hand", None]
+
+
+def test_options_under_their_python_names_are_not_lost(tmp_path):
+    for name, stored in [("gram_scale", "normalise"), ("per", "normalize")]:
+        with pytest.raises(InputError, match=rf"w\.json: weights files say '{stored}' for '{name}'"):
+            save_weights(tmp_path / "w.json", {"a": 1.0}, **{name: "corr"})
 
 
 def test_weights_are_saved_by_name_only(tmp_path):
@@ -240,3 +271,15 @@ def test_weights_are_saved_by_name_only(tmp_path):
     with pytest.raises(InputError, match="cannot be written as JSON"):
         save_weights(tmp_path / "w.json", {"a": 1.0}, tau=float("nan"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_replicates_are_named(run):
+    path = run.with_name("delta_bootstrap.npz")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"text"):
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptError, match=r"delta_bootstrap\.npz is not a readable file"):
+            recompute(run)
+    np.savez(path, steps=np.array(STEPS[1:]), deltas=np.zeros((5, 4, 3)))
+    with pytest.raises(CorruptError, match=r"delta_bootstrap\.npz does not have the steps"):
+        recompute(run)

@@ -36,18 +36,21 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     from lldfast import gram
     from lldfast.files import check_writable
-    from lldfast.measure.loglik import LoglikVector, delta
+    from lldfast.measure.loglik import LoglikVector, check_same_texts, delta
     from lldfast.measure.score import score
 
     check_writable(options.out)
     evalset = evalset_of(options)
     part = options.part or ("estimate" if "estimate" in evalset.part else "all")
     evalset = evalset if part == "all" else evalset.select(part)
+    target = None
+    if options.target is not None:  # compared before a model runs
+        target = LoglikVector.load(options.target)
+        target = target if part == "all" or len(target) == len(evalset) else target.select(part)
+        check_same_texts(target, evalset, (options.target, f"the evaluation texts of {options.data}"))
     model = model_of(options)
     shift = None
-    if options.target is not None:
-        target = LoglikVector.load(options.target)
-        target = target if part == "all" else target.select(part)
+    if target is not None:
         shift = delta(target, score(model, evalset, progress=True))[0]
     found = gram.estimate(
         model,

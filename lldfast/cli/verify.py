@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser("verify", help="check a prepared folder: sizes, checksums, ids, evaluation texts kept apart")
-    parser.add_argument("path")
+    parser.add_argument("path", help="a folder that `lldfast prepare` made")
     parser.set_defaults(execute=run)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lldfast.cli.options import add_fields, values_of
-from lldfast.errors import InputError
+from lldfast.errors import InputError, naming
 from lldfast.terminal import aligned
 from lldfast.weights.options import RuleOptions
 
@@ -27,8 +27,12 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--aggregate", choices=["geometric", "arithmetic", "none"], default="geometric", help="none: the last estimate"
     )
-    parser.add_argument("--step-weights", choices=["equal", "elapsed"])
-    parser.add_argument("--stages", type=int, choices=[1, 2], default=1)
+    parser.add_argument(
+        "--step-weights",
+        choices=["equal", "elapsed"],
+        help="of the estimates: equal, eq. (8), or by the time each was in force (default: elapsed for mirror and two stages)",
+    )
+    parser.add_argument("--stages", type=int, choices=[1, 2], default=1, help="mixtures of the recipe: one, or one for each half")
     parser.add_argument("--steps", type=int, nargs="+", help="use these estimates only")
     parser.add_argument("--out", help="weights file to write")
     parser.set_defaults(execute=run)
@@ -41,7 +45,10 @@ def run(options: argparse.Namespace) -> None:
 
     path = find_trajectory(Path(options.run), options.method)
     changes = values_of(options, RuleOptions) | ({} if options.rule is None else {"name": options.rule})
-    rule = dataclasses.replace(WeightsFile.load(path).made_by(), **changes)
+    file = WeightsFile.load(path)
+    with naming(path):
+        made_by = file.made_by()
+    rule = dataclasses.replace(made_by, **changes)
     result = recompute(
         path,
         rule=rule,

@@ -242,7 +242,8 @@ class SlowTokenizer(Tokenizer):
 
 
 def load_tokenizer(spec: Any) -> Tokenizer:
-    """A tokenizer from "gpt2" (or another tiktoken name), "bytes", a tokenizer.json, a Hugging Face folder or hub id.
+    """A tokenizer from "gpt2" (or another tiktoken name), "bytes", a tokenizer.json, a model's folder (lldfast's or Hugging
+    Face's) or a hub id.
 
     Tokenizer objects of the libraries `tokenizers` and `transformers` are wrapped; a `Tokenizer` comes back as it is.
 
@@ -264,6 +265,12 @@ def load_tokenizer(spec: Any) -> Tokenizer:
         if path.suffix or path.is_absolute() or str(spec).startswith("."):
             raise InputError(f"tokenizer {spec}: no such file")
         path = _download(str(spec))
+    if (path / "model.json").is_file():  # of `GPT.save`, which names its tokenizer
+        content = read_json(path / "model.json")
+        entry = content.get("tokenizer") if isinstance(content, dict) else None
+        if not isinstance(entry, dict):
+            raise InputError(f"tokenizer {spec}: its model.json names no tokenizer")
+        return tokenizer_from_manifest(entry, path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         transformers = _require("transformers")

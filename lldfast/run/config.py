@@ -19,6 +19,7 @@ import yaml
 from lldfast.data.making.options import CorpusOptions
 from lldfast.errors import InputError, deprecated
 from lldfast.gram.options import GramOptions
+from lldfast.ops.distill.options import DistillOptions
 from lldfast.run.distill import DistillConfig
 from lldfast.run.methods import Method, parse_method
 from lldfast.schedule import estimation_steps
@@ -49,7 +50,13 @@ class DataConfig(CorpusOptions, DataOrigin):  # a dataclass has the last base's 
 
 @dataclass
 class ModelConfig:
-    """The base model. `init` is a folder written by lldfast to continue from, its shape included; unset for random weights."""
+    """The base model.
+
+    Attributes:
+        preset: a shape by name: demo-330k, nano-124m, ...
+        n_layer, n_head, n_embd, block_size, dropout: in place of the preset's.
+        init: a folder written by lldfast to continue from, its shape included; unset for random weights.
+    """
 
     preset: str = "nano-124m"
     n_layer: int | None = None
@@ -71,7 +78,10 @@ class TargetConfig:
             controlled experiment of section 4.2 on data of your own. Instead of `model`.
         weights: a weights file with the mixture the target was trained on, where known (only reported against); an lldfast
             checkpoint that records its own mixture needs none.
+        steps: length of the target's training, for `mixture`; unset: train.steps.
         licence: recorded with every weights file; found by itself for models that state theirs.
+        bos: token before each text: one always (auto), what its tokenizer does (native), none.
+        dtype: of its weights.
     """
 
     model: str | None = None
@@ -132,11 +142,21 @@ class TrainConfig:
     """The loop. Batch sizes count sequences of block_size tokens; `batch_size` is one optimiser step.
 
     Attributes:
+        steps: optimiser steps.
+        batch_size: sequences of an optimiser step.
+        micro_batch_size: sequences of a forward and backward pass; divides batch_size.
+        learning_rate: at the end of the warmup; it falls by a cosine to min_lr.
+        min_lr: learning rate at the last step.
+        weight_decay, beta1, beta2, eps: of AdamW.
+        grad_clip: largest norm of a gradient; 0 for none.
         draw: what one draw of a domain fills: "sequence" (systematic sampling over the step), "micro_batch", or "step" (paper).
         warmup: share of the steps.
         dtype: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; "bfloat16" is refused where the
             hardware lacks it.
+        compile: run the model through torch.compile.
+        device: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...
         threads: torch threads; unset leaves torch's choice.
+        checkpoint_every: steps between checkpoints.
     """
 
     steps: int = 10_000
@@ -160,7 +180,13 @@ class TrainConfig:
 
 @dataclass
 class MeasureConfig:
-    """Measurements on the texts kept for them: at the steps of S, thinned to about `times`, and after the last step."""
+    """Measurements on the texts kept for them: at the steps of S, thinned to about `times`, and after the last step.
+
+    Attributes:
+        times: about how many.
+        true_kl: the token-level KL too, where target and base share a tokenizer.
+        batch_tokens: most tokens of an evaluation batch.
+    """
 
     times: int = 20
     true_kl: bool = True
@@ -169,6 +195,17 @@ class MeasureConfig:
 
 @dataclass
 class LogConfig:
+    """What a run says while it goes on, and after it.
+
+    Attributes:
+        every: steps between records of the log.
+        progress: show a progress bar.
+        tensorboard: write event files for TensorBoard too.
+        wandb: project at Weights & Biases to write to; unset for none.
+        report: write report.html.
+        map: of models in the report: pca or tsne.
+    """
+
     every: int = 10
     progress: bool = True
     tensorboard: bool = False
@@ -179,7 +216,14 @@ class LogConfig:
 
 @dataclass
 class Config:
-    """Everything a run needs. `methods` names what is trained, one after the other: see `parse_method`."""
+    """Everything a run needs.
+
+    Attributes:
+        out: the run folder.
+        methods: what is trained, one after the other: see `parse_method`.
+        seed: of the weights at the start, of the data's order and of resampling.
+        recipe: a shipped recipe or a .yaml file that the other settings are over.
+    """
 
     out: str = "runs/lldfast"
     methods: list[str] = field(default_factory=lambda: ["uniform", "iterative", "aggregated"])
@@ -276,6 +320,7 @@ class Config:
 
 # Keys of the configuration that have another name now: they go on working, with a DeprecationWarning.
 RENAMED_KEYS = {"lld.normalise": "lld.gram_scale", "lld.normalize": "lld.per"}
+RENAMED_SECTIONS = {old.split(".")[0] for old in RENAMED_KEYS}
 
 
 def present_names(stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -287,15 +332,34 @@ def present_names(stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     found = []
     for old, new in RENAMED_KEYS.items():
         section, key = old.split(".")
-        values = stored.get(section)
-        if not isinstance(values, dict) or key not in values:
-            continue
         present = new.split(".")[1]
-        if present in values:
+        values = _section(stored.get(section))
+        if isinstance(values, dict) and key in values:
+            renamed = {**stored, section: _with_name(values, key, present)}
+        elif old in stored:  # `lld.tau: 2`, which the parser takes as it takes `lld: {tau: 2}`
+            renamed = _with_name(stored, old, new)
+        else:
+            continue
+        if new in stored or (isinstance(values, dict) and present in values):
             raise InputError(f"{old} is the former name of {new}: give only {new}")
-        stored = {**stored, section: {present if name == key else name: value for name, value in values.items()}}
+        stored = renamed
         found.append(old)
     return stored, found
+
+
+def _with_name(values: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """`values` with one key called otherwise, at its place."""
+    return {new if name == old else name: value for name, value in values.items()}
+
+
+def _section(value: Any) -> Any:
+    """The settings of a section, which the parser also takes as the name of a file that holds them, or as their text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value)
+    except (OSError, ValueError, yaml.YAMLError):
+        return value  # the parser says what is wrong with it
 
 
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
@@ -344,7 +408,14 @@ def _arguments(argv: list[str]) -> list[str]:
             deprecated(key, f"--{RENAMED_KEYS[key.removeprefix('--')]}", stacklevel=4)
             key = f"--{RENAMED_KEYS[key.removeprefix('--')]}"
             arg = key + equals + value
-        if key in ("--recipe", "--method", "--methods", "--config"):
+        if key.removeprefix("--") in RENAMED_SECTIONS:
+            value = value or next(rest, "")
+            section = key.removeprefix("--")
+            stored, found = present_names({section: value})
+            for old in found:
+                deprecated(f"{key} {{{old.removeprefix(section + '.')}: ...}}", f"--{RENAMED_KEYS[old]}", stacklevel=4)
+            args += [f"{key}={json.dumps(stored[section])}" if found else f"{key}={value}"] if value else [key]
+        elif key in ("--recipe", "--method", "--methods", "--config"):
             value = value or next(rest, "")
             if not value or value.startswith("--"):
                 raise InputError(f"{key} needs a value")
@@ -375,6 +446,8 @@ def _config_argument(path: str) -> str:
     """`--config=FILE`; the content itself under present names, which the parser takes too, where FILE has former keys."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {path} is not a text file ({error})") from None
     except (OSError, ValueError, yaml.YAMLError):
         return f"--config={path}"  # the parser says what is wrong with it
     if not isinstance(content, dict):
@@ -416,6 +489,9 @@ def _explain(parser: ArgumentParser) -> None:
     """Give every option the help text of its field; jsonargparse does it only where docstring_parser is installed."""
     sections = {name: type(value) for name, value in vars(Config()).items() if dataclasses.is_dataclass(value)}
     meaning = {f"{name}.{key}": text for name, section in sections.items() for key, text in option_help(section).items()}
+    meaning |= option_help(Config)
+    for key, text in option_help(DistillOptions).items():  # settings of the loss, which the section passes on
+        meaning.setdefault(f"distill.{key}", f"{text}; unset: the preset's")
     for action in parser._actions:
         if action.dest in meaning:
             action.help = meaning[action.dest].replace("%", "%%")

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lldfast.errors import CorruptError, InputError
+from lldfast.errors import CorruptError, InputError, naming
 from lldfast.files import read_json, write_json
-from lldfast.weights.rules import RULE_FIELDS, Rule, StepGram
-from lldfast.weights.simplex import Array, effective_domains, mixture
+from lldfast.weights.rules import RULE_FIELDS, STORED_AS, Rule, StepGram
+from lldfast.weights.simplex import Array, effective_domains, mixture, numbers
 
 FORMAT, VERSION = "lldfast-weights", 1
 
@@ -36,6 +36,7 @@ class Estimate:
         delta_se: standard errors of Delta_t over texts; None for a domain of one text, which resampling cannot vary.
         gram: G_t as a list of K rows in the order of the file's domains; None for rules without G.
         gram_info: how G_t was estimated, see `lldfast.gram.step.StepEstimate`.
+        about: what else a file says of the estimate.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Estimate:
     delta_se: dict[str, float | None] | None = None
     gram: list[list[float]] | None = None
     gram_info: dict[str, Any] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
     def step_gram(self, domains: Sequence[str]) -> StepGram | None:
         """G_t [K, K] in the order of `domains` of the file, with the ridge and the drift stored beside it."""
@@ -58,6 +60,7 @@ class Estimate:
             "gram": self.gram,
             "gram_info": self.gram_info,
             "effective_domains": effective_domains(self.weights),
+            **self.about,
         }
 
     @classmethod
@@ -69,18 +72,20 @@ class Estimate:
         """
         if not isinstance(value, Mapping):
             raise CorruptError("its trajectory is not a list of estimates")
-        step, gram, info = value.get("step"), value.get("gram"), value.get("gram_info")
+        rest = dict(value)
+        step, gram, info, errors = (rest.pop(key, None) for key in ("step", "gram", "gram_info", "delta_se"))
+        rest.pop("effective_domains", None)
         if not isinstance(step, int) or step <= after:
             raise CorruptError(f"the step {step!r} of its trajectory is not an integer after {after}")
         for key in ("delta", "weights"):
-            _check_named(value.get(key), domains, f"{key} of step {step}")
-        if value.get("delta_se") is not None:
-            _check_named(value["delta_se"], domains, f"delta_se of step {step}", empty=True)
-        if gram is not None and np.shape(gram) != (len(domains), len(domains)):
-            raise CorruptError(f"gram of step {step} does not have a row and a column for each domain")
+            _check_named(rest.get(key), domains, f"{key} of step {step}")
+        if errors is not None:
+            _check_named(errors, domains, f"delta_se of step {step}", empty=True)
+        if gram is not None:
+            _check_gram(gram, domains, f"gram of step {step}")
         if info is not None:
             _check_gram_info(info, domains, f"gram_info of step {step}")
-        return cls(step, dict(value["delta"]), dict(value["weights"]), value.get("delta_se"), gram, info)
+        return cls(step, dict(rest.pop("delta")), dict(rest.pop("weights")), errors, gram, info, rest)
 
 
 def _check_named(values: Any, domains: Sequence[str], what: str, *, empty: bool = False) -> None:
@@ -91,6 +96,17 @@ def _check_named(values: Any, domains: Sequence[str], what: str, *, empty: bool 
             continue
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise CorruptError(f"{what} is {value!r} for domain {name!r}")
+
+
+def _check_gram(gram: Any, domains: Sequence[str], what: str) -> None:
+    try:
+        matrix = numbers(gram, what)
+    except InputError:  # of words, or rows of different lengths
+        matrix = np.zeros(0)
+    if matrix.shape != (len(domains), len(domains)):
+        raise CorruptError(f"{what} does not have a row and a column for each domain")
+    if not np.isfinite(matrix).all():
+        raise CorruptError(f"{what} has an entry that is not finite")
 
 
 def _check_gram_info(info: Any, domains: Sequence[str], what: str) -> None:
@@ -236,7 +252,7 @@ class WeightsFile:
 
         Raises:
             InputError: it holds no weights.
-            CorruptError: another format or version, or a trajectory that is not one.
+            CorruptError: another format or version, a trajectory that is not one, or a field of another kind.
         """
         if not isinstance(value, dict):
             raise InputError(f"expected a JSON object of weights by domain, found {type(value).__name__}")
@@ -251,11 +267,19 @@ class WeightsFile:
         weights = rest.pop("weights", None)
         if not isinstance(weights, dict) or not weights:
             raise InputError("it holds no weights")
+        for name, weight in weights.items():
+            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise InputError(f"the weight of domain {name!r} is {weight!r}, not a finite number >= 0")
         rest.pop("effective_domains", None)
         names = rest.pop("domains", list(weights))
-        if not isinstance(names, list) or sorted(map(str, names)) != sorted(weights):
-            odd = sorted(set(map(str, names if isinstance(names, list) else [])) ^ set(weights))
-            raise CorruptError(f"its domains are not those of its weights ({', '.join(map(repr, odd[:3]))} on one side only)")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CorruptError(f"its domains are not a list of names but {names!r:.100}")
+        if sorted(names) != sorted(weights):
+            odd = sorted(set(names) ^ set(weights)) or [name for name in weights if names.count(name) > 1]
+            raise CorruptError(f"its domains are not those of its weights (see {', '.join(map(repr, odd[:3]))})")
+        for key, (kind, title) in _KINDS.items():
+            if rest.get(key) is not None and not isinstance(rest[key], kind):
+                raise CorruptError(f"its {key} is {rest[key]!r:.100}, not {title}")
         entries = rest.pop("trajectory", [])
         if not isinstance(entries, list):
             raise CorruptError("its trajectory is not a list of estimates")
@@ -269,7 +293,7 @@ class WeightsFile:
             if rest.get(key) is not None:
                 _check_named(rest[key], names, key)
         stages = []
-        for stage in rest.pop("stages", None) or []:
+        for stage in rest.pop("stages", None) or ():
             if not isinstance(stage, Mapping) or not isinstance(stage.get("from_step"), int):
                 raise CorruptError("its stages are not a list of steps and weights")
             _check_named(stage.get("weights"), names, f"the stage from step {stage['from_step']}")
@@ -303,10 +327,8 @@ class WeightsFile:
             InputError: no such file, or it holds no weights; CorruptError: it is damaged. Both name the file.
         """
         value = read_json(path)
-        try:
+        with naming(path):
             file = cls.from_json(value)
-        except (InputError, CorruptError) as error:
-            raise type(error)(f"{path}: {error}") from None
         file.folder = Path(path).parent
         return file
 
@@ -316,6 +338,14 @@ _PLAIN = (
     "method", "rule", "weights_se", "total_steps", "objective", "base", "target", "aggregate", "step_weights", "last_weights",
     "last_weights_se", "pass1", "disclosure", "distillation",
 )  # fmt: skip
+
+# What fields that are computed with, or shown by their entries, have to be where they are there at all.
+_KINDS: dict[str, tuple[type, str]] = (
+    dict.fromkeys(("method", "rule", "normalize", "objective", "aggregate", "step_weights", "disclosure"), (str, "a string"))
+    | dict.fromkeys(("base", "target", "pass1", "distillation"), (dict, "an object"))
+    | {"total_steps": (int, "an integer"), "stages": (list, "a list of steps and weights")}
+)
+_PYTHON_NAMES = {"per": "normalize", **STORED_AS}  # names of Python's that a file has another name for
 
 
 def save_weights(path: str | Path, weights: Named, **fields: Any) -> Path:
@@ -331,11 +361,11 @@ def save_weights(path: str | Path, weights: Named, **fields: Any) -> Path:
     """
     if not isinstance(weights, dict):
         raise InputError(f"{path}: weights must be {{domain: weight}}, got {type(weights).__name__}")
-    content = {"format": FORMAT, "version": VERSION, "weights": mixture(weights, list(weights)), **fields}
-    try:
-        file = WeightsFile.from_json(content)
-    except (InputError, CorruptError) as error:
-        raise type(error)(f"{path}: {error}") from None
+    for name in _PYTHON_NAMES.keys() & fields.keys():
+        raise InputError(f"{path}: weights files say {_PYTHON_NAMES[name]!r} for {name!r}")
+    normalised = mixture(weights, list(weights), str(path))
+    with naming(path):
+        file = WeightsFile.from_json({"format": FORMAT, "version": VERSION, "weights": normalised, **fields})
     return file.save(path)
 
 

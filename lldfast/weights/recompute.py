@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lldfast.errors import InputError
+from lldfast.errors import CorruptError, InputError, naming
 from lldfast.weights.disclosure import disclosure
 from lldfast.weights.file import Named, Stage, WeightsFile
 from lldfast.weights.recipe import aggregation, combine, default_step_weights, recipe_errors
@@ -44,8 +45,9 @@ def recompute(
         CorruptError: the file is damaged.
     """
     file = WeightsFile.load(path)
-    at, deltas, grams = file.arrays()
-    rule = rule or file.made_by()
+    with naming(path):
+        at, deltas, grams = file.arrays()
+        rule = rule or file.made_by()
     aggregate = aggregation(rule.name, aggregate)
     estimates = file.trajectory
     if steps is not None:
@@ -55,6 +57,9 @@ def recompute(
         keep = [i for i, step in enumerate(at) if step in set(steps)]
         at, deltas = [at[i] for i in keep], deltas[keep]
         grams, estimates = [grams[i] for i in keep], [estimates[i] for i in keep]
+    if rule.needs_gram and any(gram is None for gram in grams):
+        step = at[grams.index(None)]
+        raise InputError(f"{path}: rule {rule.name!r} needs a Gram matrix at every step, and none is stored at step {step}")
     assert file.total_steps is not None  # as a file with a trajectory has been checked to say
     total, names = file.total_steps, file.domains
     step_weights = step_weights or default_step_weights(rule.name, stages)
@@ -87,9 +92,19 @@ def recompute(
 
 
 def _replicates(path: Path, steps: Sequence[int]) -> Array | None:
-    """Bootstrap replicates of Delta at these steps [S, B, K]; None where none are stored."""
+    """Bootstrap replicates of Delta at these steps [S, B, K]; None where none are stored.
+
+    Raises:
+        CorruptError: the file is damaged, or lacks one of the steps.
+    """
     if not path.exists():
         return None
-    with np.load(path) as arrays:
-        rows = [i for i, step in enumerate(arrays["steps"].tolist()) if step in set(steps)]
-        return np.asarray(arrays["deltas"][rows])
+    try:
+        with np.load(path) as arrays:
+            stored, deltas = arrays["steps"].tolist(), arrays["deltas"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise CorruptError(f"{path} is not a readable file of bootstrap replicates ({error})") from None
+    rows = [i for i, step in enumerate(stored) if step in set(steps)]
+    if len(rows) != len(steps) or len(deltas) != len(stored):
+        raise CorruptError(f"{path} does not have the steps {list(steps)} of the estimates beside it")
+    return np.asarray(deltas[rows])

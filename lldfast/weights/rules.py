@@ -14,7 +14,7 @@ from lldfast.errors import CorruptError, InputError, deprecated, renamed_argumen
 from lldfast.weights.constrained import check_fit_step, check_radius, simplex_fit, trust_region_tau
 from lldfast.weights.equations import GRAM_SCALES, adjusted_direction, check_tau
 from lldfast.weights.options import RuleOptions
-from lldfast.weights.simplex import Array, log, softmax, with_floor
+from lldfast.weights.simplex import Array, log, simplex, softmax, with_floor
 
 
 class StepGram(NamedTuple):
@@ -56,14 +56,18 @@ class Rule(RuleOptions):
         check_tau(self.tau)
         if self.tau_end is not None:
             check_tau(self.tau_end)
+        for name in ("step_size", "floor", "ridge"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, np.number)) and not (name == "ridge" and value == "auto"):
+                raise InputError(f"{name} must be a number, got {value!r}")
         if not (self.step_size > 0 and np.isfinite(self.step_size)):
             raise InputError(f"step_size must be > 0 and finite, got {self.step_size}")
         if not 0 <= self.floor <= 1:
             raise InputError(f"floor must lie in [0, 1/K] for K domains, got {self.floor}")
         if self.gram_scale not in GRAM_SCALES:
             raise InputError(f"gram_scale must be one of {', '.join(GRAM_SCALES)}, got {self.gram_scale!r}")
-        if self.ridge != "auto" and not float(self.ridge) >= 0:
-            raise InputError(f"ridge must be >= 0 or 'auto', got {self.ridge}")
+        if self.ridge != "auto" and not 0 <= self.ridge < math.inf:
+            raise InputError(f"ridge must be >= 0 and finite, or 'auto', got {self.ridge}")
         check_radius(self.radius)
         check_fit_step(self.fit_step)
         if isinstance(self.prior, Mapping):
@@ -73,7 +77,7 @@ class Rule(RuleOptions):
         """The rule as fields of a weights file: an infinite tau is the string "inf", the prior an object by domain."""
         stored: dict[str, Any] = {"rule": self.name}
         for option in fields(RuleOptions):
-            stored[_STORED_AS.get(option.name, option.name)] = getattr(self, option.name)
+            stored[STORED_AS.get(option.name, option.name)] = getattr(self, option.name)
             if option.name == "ridge":  # where the format has it
                 stored["prior"] = None if self.prior is None else dict(zip(domains, self.prior, strict=True))
         return stored | {"tau": self.tau if math.isfinite(self.tau) else "inf"}
@@ -88,13 +92,15 @@ class Rule(RuleOptions):
         """
         if not stored.get("rule"):
             raise InputError("these weights were not made by a rule")
-        names = {_STORED_AS.get(option.name, option.name): option.name for option in fields(RuleOptions)}
+        names = {STORED_AS.get(option.name, option.name): option.name for option in fields(RuleOptions)}
         options = {name: stored[key] for key, name in names.items() if key in stored}
         if options.get("tau") == "inf":
             options["tau"] = math.inf
         prior = stored.get("prior")
         if prior is not None and (not isinstance(prior, dict) or set(prior) != set(domains)):
             raise CorruptError("the prior of these weights does not have their domains")
+        if prior is not None:
+            simplex(prior, domains, "prior")
         by_order = None if prior is None else tuple(prior[name] for name in domains)
         return cls(stored["rule"], prior=by_order, **options)
 
@@ -204,7 +210,7 @@ class Rule(RuleOptions):
 
 
 RULES = ("iterative", "spread", "mirror", "adjusted", "adjusted-spread", "adjusted-trust", "adjusted-fit")
-_STORED_AS = {"gram_scale": "normalise"}  # the name that it had when the format of weights files was made
+STORED_AS = {"gram_scale": "normalise"}  # the name that it had when the format of weights files was made
 RULE_FIELDS = tuple(Rule().to_json())  # of a weights file: which rule made it, and its options
 
 
