@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from lldfast.data.shards import TokenShards
 from lldfast.loop import train_method
 from lldfast.models.gpt import GPT
-from lldfast.run.config import Config, LogConfig, TargetConfig, parse_config
+from lldfast.run.config import Config, LogConfig, TargetConfig
 from lldfast.run.experiment import Experiment
 from lldfast.run.methods import parse_method
+from lldfast.run.parsing import parse_config
 
 
 def minimal_loop(exp: Experiment, tokens: np.memmap, fused: bool) -> float:

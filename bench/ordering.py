@@ -41,7 +41,8 @@ MEASURES = [("kl", "eq. (2)"), ("true_kl", "true KL")]
 def run_seed(base: str, seed: int, options: dict[str, Any]) -> dict[str, Any]:
     """One seed with one base, on one thread; returns its summary."""
     from lldfast.files import read_json
-    from lldfast.run.config import LogConfig, parse_config
+    from lldfast.run.config import LogConfig
+    from lldfast.run.parsing import parse_config
     from lldfast.train import run
 
     out = Path(options["out"]) / f"{base}-seed{seed}"
@@ -159,8 +160,8 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", help="further options of lldfast train, after --")
     o = parser.parse_args()
 
-    from lldfast.run.config import parse_config
     from lldfast.run.experiment import open_data
+    from lldfast.run.parsing import parse_config
 
     data = o.data
     if data is None:

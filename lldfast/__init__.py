@@ -67,7 +67,7 @@ _MODULES = {
 # former name -> present name; former module -> the modules that hold what it held
 _FORMER_NAMES = {"Scorer": "LanguageModel", "load_scorer": "load_model"}
 _FORMER_MODULES = {
-    "lldfast.config": ["lldfast.run.config", "lldfast.run.distill", "lldfast.run.methods"],
+    "lldfast.config": ["lldfast.run.config", "lldfast.run.parsing", "lldfast.run.distill", "lldfast.run.methods"],
     "lldfast.constrained": ["lldfast.weights.constrained"],
     "lldfast.data.prepare": ["lldfast.data.making.prepare"],
     "lldfast.data.teachercache": ["lldfast.distill.cache"],

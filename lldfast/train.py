@@ -20,10 +20,11 @@ import torch
 from lldfast.loop import make_objective, train_method
 from lldfast.report.page import write_report
 from lldfast.report.summary import summarise, table
-from lldfast.run.config import Config, TargetConfig, parse_config
+from lldfast.run.config import Config, TargetConfig
 from lldfast.run.experiment import Experiment, open_data
 from lldfast.run.folder import RunFolder
 from lldfast.run.methods import Method, parse_method
+from lldfast.run.parsing import parse_config
 from lldfast.run.plan import make_plan
 from lldfast.run.record import write_experiment
 from lldfast.terminal import exit_status

@@ -8,8 +8,10 @@ import yaml
 from lldfast.data.making.options import CorpusOptions, PrepareOptions
 from lldfast.errors import InputError
 from lldfast.ops.distill.options import DistillOptions
-from lldfast.run.config import Config, DataConfig, GramConfig, parse_config, parse_method, recipe_path, with_defaults
+from lldfast.run.config import Config, DataConfig, GramConfig
 from lldfast.run.distill import DistillConfig
+from lldfast.run.methods import parse_method
+from lldfast.run.parsing import parse_config, recipe_path, with_defaults
 from lldfast.terminal import option_help
 
 

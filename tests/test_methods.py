@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lldfast.errors import InputError
-from lldfast.run.config import parse_config
 from lldfast.run.distill import DistillConfig
 from lldfast.run.methods import LOSSES, parse_method
+from lldfast.run.parsing import parse_config
 
 
 @pytest.mark.parametrize(

@@ -351,8 +351,8 @@ def test_tokenizer_of_shards_and_model_differ(corpus, target, tmp_path):
 
 def test_a_prior_is_aligned_by_name_whatever_the_order_of_the_evaluation_texts(corpus, target, tmp_path):
     from lldfast.data.evalset import EvalSet
-    from lldfast.run.config import parse_method
     from lldfast.run.experiment import Experiment
+    from lldfast.run.methods import parse_method
     from lldfast.run.plan import make_plan
 
     folder = tmp_path / "data"

@@ -11,7 +11,8 @@ import yaml
 
 from lldfast.errors import InputError
 from lldfast.files import atomic_path, folder_lock, read_json
-from lldfast.run.config import Config, with_defaults
+from lldfast.run.config import Config
+from lldfast.run.parsing import with_defaults
 from lldfast.weights.recompute import REPLICATES
 
 # Configuration that may change between two calls on one run folder without making its results incomparable.
