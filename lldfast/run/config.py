@@ -1,4 +1,4 @@
-"""Configuration of a run: dataclasses with their defaults. Recipes (lldfast/recipes/*.yaml) are diffs from them, see parsing.py."""
+"""Configuration of a run: dataclasses with their defaults. Recipes (lldfast/recipes/*.yaml) are diffs from them (parsing.py)."""
 
 from __future__ import annotations
 
