@@ -121,6 +121,7 @@ def test_env_report():
         assert any(line.startswith(name) for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_forced_isa_is_shown():
     if module.extension() is None:
         pytest.skip("lldfast._C is not built here")

@@ -260,6 +260,7 @@ def test_a_config_that_is_no_text(tmp_path):
             parse_config([option, str(tmp_path / "c.yaml")])
 
 
+@pytest.mark.slow
 def test_former_names_are_told_to_whoever_types_them():
     said = subprocess.run(
         [sys.executable, "-m", "lldfast", "train", "--lld.normalise=corr", "--print_config"], capture_output=True, text=True

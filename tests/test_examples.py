@@ -14,6 +14,7 @@ def run(repository, name):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_training_loss(repository):
     torch.manual_seed(0)
     trunk, head = torch.nn.Linear(64, 64), torch.nn.Linear(64, 1000, bias=False)

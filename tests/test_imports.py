@@ -228,6 +228,7 @@ def test_the_public_names_are_there():
     assert callable(lld.teach.teach) and callable(lld.generate.generate) and callable(lld.modelmap.model_map)
 
 
+@pytest.mark.slow
 def test_the_warning_points_at_the_line_that_imports(tmp_path):
     """Python shows a DeprecationWarning by default where it points at the program itself."""
     (tmp_path / "mine.py").write_text(

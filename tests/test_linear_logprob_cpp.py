@@ -370,6 +370,7 @@ def test_a_large_bias_and_a_ragged_end(threads, isa):
     assert all(bool(x.isfinite().all()) for x in (dh, dw, db))
 
 
+@pytest.mark.slow
 def test_threads_that_cannot_start_are_an_error():
     code = (
         "import resource, torch, lldfast as lld\n"

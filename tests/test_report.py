@@ -469,6 +469,7 @@ def test_two_stage_weights_and_a_singular_gram(small: Path) -> None:
     assert "G is singular to working precision" in page.text["estimates"]
 
 
+@pytest.mark.slow
 def test_the_map_follows_the_settings(tmp_path: Path) -> None:
     small = build_run(tmp_path / "run", methods=["uniform"], domains=PILE[:5], steps=[0, 4, 64], texts_per_domain=4)
     config = (small / "config.yaml").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from lldfast.data.making.prepare import prepare
 from lldfast.errors import BusyError, InputError, TrainingError
 from lldfast.files import folder_lock, read_json
 from lldfast.models.language_model import LanguageModel
-from lldfast.run.config import Config, GramConfig, LogConfig, ModelConfig, TargetConfig, TrainConfig
+from lldfast.run.config import Config, GramConfig, LogConfig, MeasureConfig, ModelConfig, TargetConfig, TrainConfig
 from lldfast.run.log import read_jsonl
 from lldfast.train import run
 from lldfast.weights.file import load_weights, save_weights
@@ -66,6 +66,7 @@ def config(out, corpus, **changes):
             checkpoint_every=5,
             device="cpu",
         ),
+        measure=MeasureConfig(times=3),
         log=LogConfig(progress=False, report=False, every=1),
     )
     base = dataclasses.replace(
@@ -241,7 +242,7 @@ run(Config(
     train=TrainConfig(
         steps=24, batch_size=4, micro_batch_size=2, learning_rate=3e-3, min_lr=3e-4, threads=1, checkpoint_every=5, device="cpu"
     ),
-    log=LogConfig(progress=False, report=False, every=1),
+    measure=MeasureConfig(times=3), log=LogConfig(progress=False, report=False, every=1),
 ))
 """
 

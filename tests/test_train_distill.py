@@ -70,7 +70,8 @@ def config(out, corpus, methods, **changes):
     )
     log = dataclasses.replace(base.log, progress=False, report=False, every=1)
     data, lld = dataclasses.replace(base.data, path=str(corpus)), dataclasses.replace(base.lld, bootstrap=10)
-    return dataclasses.replace(base, data=data, lld=lld, train=t, log=log, **changes)
+    few = dataclasses.replace(base.measure, times=3)
+    return dataclasses.replace(base, data=data, lld=lld, train=t, log=log, measure=few, **changes)
 
 
 @pytest.fixture(scope="module")
