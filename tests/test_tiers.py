@@ -3,6 +3,9 @@
 import fcntl
 import itertools
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +82,12 @@ def test_workers(conftest, monkeypatch):
     for processors, workers in ((1, 0), (2, 2), (3, 3), (64, 4)):
         monkeypatch.setattr(conftest.os, "sched_getaffinity", lambda pid, n=processors: set(range(n)))
         assert conftest.pytest_xdist_auto_num_workers() == workers
+
+
+@pytest.mark.slow
+def test_the_bare_command_is_enough(repository):
+    """`pytest`, which does not put the current folder on the path, runs what `python -m pytest` runs, children too."""
+    command = [str(Path(sys.executable).with_name("pytest")), "-q", "-n", "0", "-m", "", "tests/test_files.py"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
