@@ -7,20 +7,22 @@ import pytest
 
 READS = ("--data", "--data.path", "--target", "--distill.cache", "--lld.weights")
 # What a reader is to have, or what is a place holder or a model's name.
-GIVEN = re.compile(r"my\.jsonl\.zst|[A-Z]+(/.*)?|[\w-]+/[\w.-]+|asset:.*|package:.*")
+GIVEN = re.compile(r"my\.jsonl(\.zst)?|[A-Z]+(/.*)?|[\w-]+/[\w.-]+|asset:.*|package:.*")
 
 
 def lines(text: str) -> list[str]:
     """Command lines of lldfast in the code blocks, continued lines joined, comments left out."""
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     joined = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip() for line in joined if line.lstrip().startswith("lldfast ")]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/DISTILL.md", "docs/GRAM.md", "docs/FORMATS.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/DISTILL.md"])
 def test_lines_run_in_order(repository, name):
     made: set[str] = set()
-    for line in lines((repository / name).read_text(encoding="utf-8")):
+    found = lines((repository / name).read_text(encoding="utf-8"))
+    assert len(found) >= 5
+    for line in found:
         words = [word for part in shlex.split(line) for word in part.split("=", 1)]
         read = [words[i + 1] for i, word in enumerate(words[:-1]) if word in READS]
         read += [word for word in words[2:3] if words[1] in ("verify", "weights", "report", "gram")]
