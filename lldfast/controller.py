@@ -307,7 +307,7 @@ class LLDController:
         return file
 
     def save(self, path: str | Path, *, aggregate: str = "geometric", step_weights: str | None = None, **about: Any) -> Path:
-        """Write `record` as a weights file, and beside it the bootstrap replicates that offline error bars are made of.
+        """Write `record` as a weights file, and beside it, in STEM.delta_bootstrap.npz, the replicates of its error bars.
 
         Args:
             aggregate, step_weights: as `aggregate`'s method and step_weights.
@@ -327,7 +327,9 @@ class LLDController:
             file = WeightsFile.from_json(own | about)
         if "disclosure" not in about:
             file.disclosure = disclosure(self.rule.name, file.target)
-        self.save_replicates(Path(path).with_name(REPLICATES))
+        beside = Path(path).with_name(f"{Path(path).stem}.{REPLICATES}")  # two recipes may stand in one folder
+        file.about["replicates"] = beside.name if self.replicates else None
+        self.save_replicates(beside)
         return file.save(path)
 
     def _delta_errors(self, i: int) -> dict[str, float | None] | None:

@@ -350,6 +350,11 @@ def test_save_says_all_that_the_controller_knows(tmp_path):
     assert file.target["name"] in file.disclosure and file.about["evalset_hash"] == c.evalset.hash
     offline = recompute(tmp_path / "w.json")
     assert offline.weights == pytest.approx(file.weights, abs=1e-12) and offline.weights_se == pytest.approx(file.weights_se)
+    other = controller()  # another recipe in the same folder has errors of its own, or none
+    other.step(0, BASE)
+    other.save(tmp_path / "other.json")
+    assert recompute(tmp_path / "other.json").weights_se is None
+    assert recompute(tmp_path / "w.json").weights_se == offline.weights_se
 
 
 def test_save_takes_provenance_and_no_estimates(tmp_path):

@@ -283,3 +283,21 @@ def test_damaged_replicates_are_named(run):
     np.savez(path, steps=np.array(STEPS[1:]), deltas=np.zeros((5, 4, 3)))
     with pytest.raises(CorruptError, match=r"delta_bootstrap\.npz does not have the steps"):
         recompute(run)
+
+
+def test_replicates_are_taken_by_name(run):
+    before = recompute(run).weights_se
+    path = run.with_name("delta_bootstrap.npz")
+    with np.load(path) as stored:
+        steps, deltas = stored["steps"], stored["deltas"]
+    back = [2, 0, 1]
+    np.savez(path, steps=steps, deltas=deltas[:, :, back], domains=np.array([NAMES[i] for i in back]))
+    assert recompute(run).weights_se == before
+    np.savez(path, steps=steps, deltas=deltas, domains=np.array(["x", *NAMES[1:]]))
+    with pytest.raises(CorruptError, match=r"delta_bootstrap\.npz has the domains \['x'"):
+        recompute(run)
+    file = json.loads(run.read_text())
+    for name in ("../x.npz", "", 3):
+        run.write_text(json.dumps({**file, "replicates": name}))
+        with pytest.raises(CorruptError, match=r"weights\.json: its replicates are"):
+            recompute(run)

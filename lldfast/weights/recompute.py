@@ -16,7 +16,9 @@ from lldfast.weights.recipe import aggregation, combine, default_step_weights, r
 from lldfast.weights.rules import Rule, replay
 from lldfast.weights.simplex import Array
 
-REPLICATES = "delta_bootstrap.npz"  # beside a weights file: bootstrap replicates of Delta_t, steps [S] and deltas [S, B, K]
+# Beside a weights file: bootstrap replicates of Delta_t, steps [S], deltas [S, B, K], domains [K]. A weights file with a field
+# "replicates" says another name, or null for none.
+REPLICATES = "delta_bootstrap.npz"
 
 
 def recompute(
@@ -67,7 +69,10 @@ def recompute(
     recipe = combine(at, total, weights, aggregate=aggregate, step_weights=step_weights, stages=stages, split=split)
     errors = None
     if aggregate != "none" and stages == 1:
-        drawn = _replicates(Path(path).with_name(REPLICATES), at)
+        beside = file.about.get("replicates", REPLICATES)
+        if beside is not None and (not isinstance(beside, str) or Path(beside).name != beside):
+            raise CorruptError(f"{path}: its replicates are {beside!r}, not the name of a file beside it")
+        drawn = None if beside is None else _replicates(Path(path).with_name(beside), at, names)
         if drawn is not None:
             errors = recipe_errors(rule, at, total, drawn, grams, aggregate=aggregate, step_weights=step_weights)
 
@@ -91,20 +96,23 @@ def recompute(
     return made
 
 
-def _replicates(path: Path, steps: Sequence[int]) -> Array | None:
-    """Bootstrap replicates of Delta at these steps [S, B, K]; None where none are stored.
+def _replicates(path: Path, steps: Sequence[int], domains: Sequence[str]) -> Array | None:
+    """Bootstrap replicates of Delta at these steps [S, B, K], in the order of `domains`; None where none are stored.
 
     Raises:
-        CorruptError: the file is damaged, or lacks one of the steps.
+        CorruptError: the file is damaged, lacks one of the steps, or has other domains.
     """
     if not path.exists():
         return None
     try:
         with np.load(path) as arrays:
             stored, deltas = arrays["steps"].tolist(), arrays["deltas"]
+            named = arrays["domains"].tolist() if "domains" in arrays else list(domains)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise CorruptError(f"{path} is not a readable file of bootstrap replicates ({error})") from None
     rows = [i for i, step in enumerate(stored) if step in set(steps)]
     if len(rows) != len(steps) or len(deltas) != len(stored):
         raise CorruptError(f"{path} does not have the steps {list(steps)} of the estimates beside it")
-    return np.asarray(deltas[rows])
+    if sorted(named) != sorted(domains) or deltas.shape[-1] != len(named):
+        raise CorruptError(f"{path} has the domains {named}, the weights beside it have {list(domains)}")
+    return np.asarray(deltas[rows][:, :, [named.index(name) for name in domains]])
