@@ -70,7 +70,7 @@ def recompute(
     errors = None
     if aggregate != "none" and stages == 1:
         beside = file.about.get("replicates", REPLICATES)
-        if beside is not None and (not isinstance(beside, str) or Path(beside).name != beside):
+        if beside is not None and (not isinstance(beside, str) or not beside or Path(beside).name != beside):
             raise CorruptError(f"{path}: its replicates are {beside!r}, not the name of a file beside it")
         drawn = None if beside is None else _replicates(Path(path).with_name(beside), at, names)
         if drawn is not None:
