@@ -43,6 +43,8 @@ without=$(said)
 with=$(said)
 echo "without docstring-parser: ${without#*--steps}"
 echo "with it:                  ${with#*--steps}"
-case $without in *"Optimiser steps"*) echo "CHANGED: the help is there without docstring-parser"; exit 1 ;; *"type: int, default: 10"*) ;; *) echo "CHANGED: $without"; exit 1 ;; esac
-case $with in *"Optimiser steps of the run. (type: int, default: 10)"*) ;; *) echo "CHANGED: $with"; exit 1 ;; esac
+changed() { echo "CHANGED: $1"; exit 1; }
+[[ $without != *"Optimiser steps"* ]] || changed "the help is there without docstring-parser"
+[[ $without == *"(type: int, default: 10)"* ]] || changed "$without"
+[[ $with == *"Optimiser steps of the run. (type: int, default: 10)"* ]] || changed "$with"
 echo "as described"
