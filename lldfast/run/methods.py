@@ -7,6 +7,7 @@ MIXTURE                                 cross entropy on that mixture
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Method:
         return ("distill+ce" if self.ce else "distill") if self.distilled else "ce"
 
 
+@functools.cache  # a name is parsed once
 def parse_method(name: str) -> Method:
     """Mixtures: uniform, proportional, fixed (lld.weights), ground-truth (the target's known mixture); a rule (iterative,
     spread, mirror, adjusted, adjusted-spread, adjusted-trust, adjusted-fit); `RULE-aggregated` and `RULE-two-stage`, which
