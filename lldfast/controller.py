@@ -28,7 +28,7 @@ from lldfast.errors import InputError, deprecated, naming, renamed_arguments
 from lldfast.files import atomic_path
 from lldfast.gram.options import GramOptions
 from lldfast.gram.step import GRAM_OPTIONS, estimate_step, info_line
-from lldfast.measure.loglik import PER, LoglikVector, check_same_texts, delta
+from lldfast.measure.loglik import LoglikVector, check_per, check_same_texts, counts_per, delta
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
 from lldfast.models.language_model import LanguageModel
@@ -96,8 +96,7 @@ class LLDController:
         if len(target) != len(evalset) and "estimate" in target.part:
             target = target.select("estimate")
         check_same_texts(target, evalset, ("the target's scores", "the controller's evaluation texts"))
-        if per not in PER:
-            raise InputError(f"per={per!r} is not one of {', '.join(PER)}")
+        check_per(per)
         if bootstrap == 1 or bootstrap < 0:
             raise InputError(f"bootstrap must be 0 or at least 2, got {bootstrap}")
         self.gram_options = dict(gram_options or {})
@@ -210,20 +209,15 @@ class LLDController:
             raise InputError("LLDController.step was given a bare model: pass tokenizer= to the controller, or a LanguageModel")
         return LanguageModel.from_gpt(model, self.tokenizer)
 
-    def _counts(self, base: LoglikVector) -> Array:
-        """What a text counts in the denominator of eq. (3) [N]."""
-        counts = {"base_tokens": base.n_tokens, "bytes": base.n_bytes, "texts": np.ones(len(base))}[self.per]
-        return counts.astype(np.float64)
-
     def _tokens_per_unit(self, base: LoglikVector) -> Array:
         """Base tokens per token, byte or text of each domain [K]; ones for "base_tokens"."""
-        counts, in_domain = self._counts(base), [base.domain == name for name in self.domains]
+        counts, in_domain = counts_per(base, self.per), [base.domain == name for name in self.domains]
         return np.array([base.n_tokens[rows].sum() / counts[rows].sum() for rows in in_domain])
 
     def _replicates(self, base: LoglikVector) -> Array:
         difference = self.target.logprob - base.logprob
         return bootstrap_deltas(
-            difference, self._counts(base), self.evalset.domain, self.domains, n=self.bootstrap, seed=self.seed
+            difference, counts_per(base, self.per), self.evalset.domain, self.domains, n=self.bootstrap, seed=self.seed
         )
 
     def aggregate(self, *, method: str = "geometric", step_weights: str | None = None) -> dict[str, float]:

@@ -33,7 +33,7 @@ import torch
 from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.making.encode import token_hash
-from lldfast.data.making.prepare import verify
+from lldfast.data.making.prepare import made_together, verify
 from lldfast.data.mixture import permute, stream_key
 from lldfast.data.shards import ShardWriter, TokenShards, bad_token_error, write_manifest
 from lldfast.data.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ def generate(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     _check_arguments(prompt_tokens, temperature, top_k, top_p, seed)
-    source, evalset = _source(shards)
+    source, evalset = made_together(shards)
     evalset = evalset.select(domains=list(wanted))
     if not isinstance(model, LanguageModel):
         model = load_model(model, device=device, dtype=dtype)
@@ -160,22 +160,6 @@ def _tokens_by_domain(tokens: Any, domains: Iterable[str] | None, shards: TokenS
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"tokens must be an integer of at least 1, got {n!r} for domain {name!r}")
     return wanted
-
-
-def _source(shards: TokenShards) -> tuple[dict[str, Any], EvalSet]:
-    """prepare.json and the evaluation corpus of the folder that the prompts come from, made together with the shards."""
-    folder = shards.path.parent
-    record = read_json(folder / "prepare.json")
-    evalset = EvalSet.load(folder / "eval.parquet")
-    if not isinstance(record, dict) or not isinstance(record.get("held_out"), list):
-        raise CorruptError(f"{folder / 'prepare.json'}: held_out is missing")
-    if set(record.get("domains") or ()) != set(shards.domains):
-        raise CorruptError(f"{folder / 'prepare.json'}: the domains are not {shards.domains}")
-    for what, found in (("corpus_hash", shards.corpus_hash), ("evalset_hash", evalset.hash)):
-        if record.get(what) != found:  # then the shards may hold evaluation texts
-            there = f"{found}, but prepare.json says {record.get(what)}"
-            raise CorruptError(f"{folder}: {what} is {there}: files of two runs are mixed")
-    return record, evalset
 
 
 def _check_arguments(prompt_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> None:

@@ -164,7 +164,7 @@ def delta(
     if bootstrap < 0:
         raise InputError(f"bootstrap must be 0 or more, got {bootstrap}")
     difference = target.logprob - base.logprob
-    counts = _denominators(base, per, None)
+    counts = counts_per(base, per)
     found = _ratios(difference, counts, base.domain)
     errors = {}
     if bootstrap:
@@ -193,15 +193,25 @@ def check_same_texts(a: HasTexts, b: HasTexts, names: tuple[str, str] = ("one", 
         )
 
 
-def _denominators(vector: LoglikVector, per: str, base_tokens: Any) -> Floats:
+def check_per(per: str) -> None:
     if per not in PER:
         raise InputError(f"per={per!r} is not one of {', '.join(PER)}")
-    if per == "bytes":
-        return vector.n_bytes.astype(np.float64)
-    if per == "texts":
-        return np.ones(len(vector))
-    if base_tokens is None:
-        return vector.n_tokens.astype(np.float64)
+
+
+def counts_per(vector: LoglikVector, per: str) -> Floats:
+    """What each text counts in the denominator of eq. (3) [N]: the vector's own tokens, bytes, or one.
+
+    Raises:
+        InputError: an unknown `per`.
+    """
+    check_per(per)
+    counts = {"base_tokens": vector.n_tokens, "bytes": vector.n_bytes, "texts": np.ones(len(vector))}[per]
+    return counts.astype(np.float64)
+
+
+def _denominators(vector: LoglikVector, per: str, base_tokens: Any) -> Floats:
+    if base_tokens is None or per != "base_tokens":
+        return counts_per(vector, per)
     if isinstance(base_tokens, LoglikVector):
         check_same_texts(vector, base_tokens)
         base_tokens = base_tokens.n_tokens

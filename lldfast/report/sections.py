@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lldfast.errors import InputError, MissingDependencyError
 from lldfast.measure.divergence import jsd_matrix
+from lldfast.measure.loglik import check_same_texts
 from lldfast.measure.modelmap import model_map
 from lldfast.report import figures
 from lldfast.report.html import Section, absent, card, switch_card, table, text
@@ -273,7 +274,9 @@ def add_map(section: Section, view: View, method: str = "pca") -> None:
         found = view.run.checkpoint_vectors(run_method)
         missing += len(run_method.metrics) - len(found)
         for step, vector in found:
-            if not np.array_equal(vector.text_hash, target.text_hash):
+            try:
+                check_same_texts(vector, target)
+            except InputError:
                 why = f"{run_method.name} at step {step} was scored on other texts than the target"
                 section.body.append(absent("Model map", why))
                 return

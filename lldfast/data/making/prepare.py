@@ -139,6 +139,27 @@ def prepare(
     return out
 
 
+def made_together(shards: TokenShards) -> tuple[dict[str, Any], EvalSet]:
+    """prepare.json and the evaluation corpus of the folder of these shards; of another run the shards might hold its texts.
+
+    Raises:
+        InputError: a file is missing.
+        CorruptError: prepare.json is damaged, or files of two runs are mixed.
+    """
+    folder = shards.path.parent
+    record = read_json(folder / "prepare.json")
+    if not isinstance(record, dict) or record.get("format") != "lldfast-prepare" or record.get("version") != 1:
+        raise CorruptError(f"{folder / 'prepare.json'} is not a version 1 lldfast-prepare file")
+    if not isinstance(record.get("held_out"), list) or set(record.get("domains") or ()) != set(shards.domains):
+        raise CorruptError(f"{folder / 'prepare.json'}: held_out is missing, or the domains are not {shards.domains}")
+    evalset = EvalSet.load(folder / "eval.parquet")
+    for what, found in (("corpus_hash", shards.corpus_hash), ("evalset_hash", evalset.hash)):
+        if record.get(what) != found:
+            there = f"{found}, but prepare.json says {record.get(what)}"
+            raise CorruptError(f"{folder}: {what} is {there}: files of two runs are mixed")
+    return record, evalset
+
+
 def verify(path: str | os.PathLike[str]) -> None:
     """Check a data folder from end to end; every byte is read.
 
@@ -152,18 +173,9 @@ def verify(path: str | os.PathLike[str]) -> None:
     shards = TokenShards(path)
     folder = shards.path.parent  # `path` may be the shards inside
     shards.verify()
-    record = read_json(folder / "prepare.json")
-    if not isinstance(record, dict) or record.get("format") != "lldfast-prepare" or record.get("version") != 1:
-        raise CorruptError(f"{folder / 'prepare.json'} is not a version 1 lldfast-prepare file")
-    if not isinstance(record.get("held_out"), list) or set(record.get("domains") or ()) != set(shards.domains):
-        raise CorruptError(f"{folder / 'prepare.json'}: held_out is missing, or the domains are not {shards.domains}")
+    record, evalset = made_together(shards)
     file = folder / "eval.parquet"
-    evalset = EvalSet.load(file)
     tokenizer_from_manifest(shards.tokenizer, folder)
-    for what, found in (("corpus_hash", shards.corpus_hash), ("evalset_hash", evalset.hash)):
-        if record.get(what) != found:
-            there = f"{found}, but prepare.json says {record.get(what)}"
-            raise CorruptError(f"{folder}: {what} is {there}: files of two runs are mixed")
     if evalset.domains != shards.domains:
         raise CorruptError(f"{file} has the domains {evalset.domains}, the shards {shards.domains}")
     if evalset.n_bytes.max() > evalplan.CHUNK_BYTES:
