@@ -47,7 +47,8 @@ from lldfast.gram.estimation import split_groups
 from lldfast.gram.rows import BYTES
 from lldfast.measure.loglik import delta as delta_of
 from lldfast.models.batches import SegmentBatch, batches, evaluating, token_logprobs
-from lldfast.models.language_model import LanguageModel, load_model
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 from lldfast.ops.sketch.fold import fold
 from lldfast.run.config import Config, DataConfig, LLDConfig, LogConfig, ModelConfig, TrainConfig
 from lldfast.run.experiment import open_data

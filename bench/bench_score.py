@@ -28,7 +28,8 @@ from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
-from lldfast.models.language_model import LanguageModel, load_model
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ _NAMES = {
     "score": "lldfast.measure.score",
     "delta": "lldfast.measure.loglik",
     "LoglikVector": "lldfast.measure.loglik",
-    "load_model": "lldfast.models.language_model",
+    "load_model": "lldfast.models.loading",
     "LanguageModel": "lldfast.models.language_model",
     "GPT": "lldfast.models.gpt",
     "GPTConfig": "lldfast.models.gpt",
@@ -76,7 +76,7 @@ _FORMER_MODULES = {
     "lldfast.loglik": ["lldfast.measure.loglik", "lldfast.measure.score"],
     "lldfast.methods": ["lldfast.run.methods", "lldfast.run.distill"],
     "lldfast.modelmap": ["lldfast.measure.modelmap"],
-    "lldfast.models.scorer": ["lldfast.models.language_model"],
+    "lldfast.models.scorer": ["lldfast.models.language_model", "lldfast.models.loading", "lldfast.models.head"],
     "lldfast.rules": ["lldfast.weights.rules", "lldfast.weights.recipe"],
     "lldfast.teach": ["lldfast.distill.teach"],
     "lldfast.weightsfile": ["lldfast.weights.file", "lldfast.weights.recompute", "lldfast.weights.disclosure"],
@@ -119,7 +119,8 @@ if TYPE_CHECKING:
     from lldfast.measure.loglik import LoglikVector, delta
     from lldfast.measure.score import score
     from lldfast.models.gpt import GPT, GPTConfig
-    from lldfast.models.language_model import LanguageModel, load_model
+    from lldfast.models.language_model import LanguageModel
+    from lldfast.models.loading import load_model
     from lldfast.ops.distill.loss import distill_loss, distill_loss_from_logits, distill_loss_topk
     from lldfast.ops.linear_logprob import linear_cross_entropy, linear_logprob
     from lldfast.ops.logprob import logprob, merge_vocab_shards

@@ -21,7 +21,8 @@ from lldfast.distill.generate import Prompts, Sampling, generate, uniform
 from lldfast.errors import BusyError, CorruptError, InputError
 from lldfast.files import folder_lock, read_json, write_json
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.language_model import LanguageModel, load_model
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 from lldfast.run.config import Config, DataConfig
 from lldfast.run.experiment import open_data
 

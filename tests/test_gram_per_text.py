@@ -20,7 +20,8 @@ from lldfast.gram.hooks import BatchRun
 from lldfast.gram.texts import per_text
 from lldfast.models.batches import batches, evaluating, token_logprobs
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.language_model import LanguageModel, load_model
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 from lldfast.ops.sketch.fold import fold
 
 K, SEED = 512, 11

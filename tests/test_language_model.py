@@ -12,8 +12,11 @@ from lldfast.data.tokenizer import load_tokenizer, train_bpe
 from lldfast.errors import InputError, MissingDependencyError
 from lldfast.measure.score import score
 from lldfast.models import language_model as module
+from lldfast.models import loading
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.language_model import LanguageModel, load_model, windows
+from lldfast.models.hf_config import UNLIMITED
+from lldfast.models.language_model import LanguageModel, windows
+from lldfast.models.loading import load_model
 
 TEXTS = ["The quick brown fox.", "naïve café", "x", "0 1 2 3 4 5 6 7 8 9 " * 4, "<|endoftext|> is text here"]
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -83,7 +86,7 @@ def test_hidden_states_and_head_give_the_models_logits(family, bpe):
         torch.testing.assert_close(scorer.head().logits(scorer.hidden(ids)), want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(scorer.logits(ids), want)
     assert scorer.vocab_size == 300
-    assert scorer.context_length == (module.UNLIMITED if family == "Mamba" else 2048 if family == "OPT" else 64)
+    assert scorer.context_length == (UNLIMITED if family == "Mamba" else 2048 if family == "OPT" else 64)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_a_path_is_loaded_on_the_auto_device_and_a_model_in_memory_stays(tmp_pat
         picked.append((device, what))
         return torch.device("cpu")
 
-    monkeypatch.setattr(module, "pick_device", pick)
+    monkeypatch.setattr(loading, "pick_device", pick)
     load_model(tmp_path / "model")
     score(tmp_path / "model", tmp_path / "eval.parquet")
     assert {device for device, what in picked if what == "device"} == {"auto"}

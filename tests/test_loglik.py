@@ -17,7 +17,8 @@ from lldfast.measure.score import score, token_kl
 from lldfast.models import batches as model_batches
 from lldfast.models.batches import batches, token_logprobs
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.language_model import LanguageModel, load_model
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 
 WORDS = ["the", "of", "and", "to", "in", "that", "for", "with", "quiet", "river", "they", "which", "one", "model", "had", "was"]
 

@@ -20,7 +20,9 @@ from lldfast.distill.teach import teach, top_k_
 from lldfast.errors import BusyError, CorruptError, InputError
 from lldfast.files import folder_lock
 from lldfast.models.gpt import GPT, GPTConfig
-from lldfast.models.language_model import Head, LanguageModel, load_model
+from lldfast.models.head import Head
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 
 T = 16
 BYTES = load_tokenizer("bytes")

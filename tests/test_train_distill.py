@@ -21,7 +21,8 @@ from lldfast.distill.teach import teach
 from lldfast.errors import InputError
 from lldfast.files import read_json
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig
-from lldfast.models.language_model import LanguageModel, load_model
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 from lldfast.ops.distill.oracle import reference
 from lldfast.run.config import Config, ModelConfig, TargetConfig, TrainConfig
 from lldfast.run.distill import DistillConfig

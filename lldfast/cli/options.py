@@ -131,7 +131,7 @@ def model_of(options: argparse.Namespace) -> LanguageModel:
     Raises:
         InputError: no such model, or the device cannot be used here.
     """
-    from lldfast.models.language_model import load_model
+    from lldfast.models.loading import load_model
     from lldfast.run.place import resolve_location
 
     model = resolve_location(options.model)

@@ -40,7 +40,9 @@ from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import CorruptError, InputError, renamed_arguments
 from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
 from lldfast.models.decode import choose_token, decoder_of, draw_levels
-from lldfast.models.language_model import UNLIMITED, LanguageModel, load_model
+from lldfast.models.hf_config import UNLIMITED
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 from lldfast.ops.sketch.philox import check_seed
 from lldfast.terminal import progress_bar
 

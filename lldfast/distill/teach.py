@@ -22,7 +22,8 @@ from lldfast.errors import InputError
 from lldfast.files import folder_lock
 from lldfast.models.batches import evaluating, layer_tokens
 from lldfast.models.gpt import GPT
-from lldfast.models.language_model import LanguageModel, load_model
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 from lldfast.ops.chunks import NEG_INF, accumulate_dtype, row_chunks
 from lldfast.ops.head import LEAST_ROWS, HeadProduct
 from lldfast.terminal import progress_bar

@@ -27,7 +27,8 @@ from lldfast.gram.rows import BYTES, GradientRows
 from lldfast.gram.sketch_error import effective_size, relative_error, rounding_error, size_for
 from lldfast.models.batches import batches, evaluating, token_logprobs
 from lldfast.models.gpt import GPT
-from lldfast.models.language_model import LanguageModel, Segment, load_model
+from lldfast.models.language_model import LanguageModel, Segment
+from lldfast.models.loading import load_model
 from lldfast.ops.sketch.philox import check_seed
 from lldfast.weights.equations import check_tau
 from lldfast.weights.simplex import align

@@ -17,7 +17,8 @@ from torch import Tensor
 from lldfast.errors import InputError
 from lldfast.models.batches import IGNORE, SegmentBatch, token_logprobs
 from lldfast.models.gpt import GPT
-from lldfast.models.language_model import Head, LanguageModel
+from lldfast.models.head import Head
+from lldfast.models.language_model import LanguageModel
 from lldfast.ops.chunks import transform_
 from lldfast.ops.linear_logprob import linear_logprob
 from lldfast.ops.sketch.fold import fold

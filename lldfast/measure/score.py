@@ -20,7 +20,8 @@ from lldfast.errors import InputError
 from lldfast.measure.loglik import Floats, LoglikVector
 from lldfast.models.batches import IGNORE, SegmentBatch, batches, evaluating, layer_tokens, segment_sums
 from lldfast.models.gpt import GPT
-from lldfast.models.language_model import LanguageModel, load_model
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 from lldfast.ops.chunks import row_chunks
 from lldfast.terminal import progress_bar
 

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import torch
-import xxhash
 
 from lldfast.backends import require
 from lldfast.errors import InputError
 from lldfast.files import atomic_folder, write_json
+from lldfast.models.identity import file_hash
 
 
 def converted(file: Path) -> tuple[Path, str]:
@@ -60,17 +60,6 @@ def general(file: Path) -> dict[str, str]:
         if key.startswith("general.") and field.types[:1] == [gguf.GGUFValueType.STRING]:
             found[key.removeprefix("general.")] = bytes(field.parts[field.data[0]]).decode("utf-8", "replace")
     return found
-
-
-def file_hash(*files: Path) -> str:
-    """XXH3-128 (hex) over names and contents."""
-    digest = xxhash.xxh3_128()
-    for file in files:
-        digest.update(file.name.encode())
-        with open(file, "rb") as handle:
-            while block := handle.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def cache_folder() -> Path:

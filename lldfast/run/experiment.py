@@ -23,7 +23,8 @@ from lldfast.errors import InputError
 from lldfast.measure.loglik import LoglikVector
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig, read_gpt_json
-from lldfast.models.language_model import LanguageModel, load_model
+from lldfast.models.language_model import LanguageModel
+from lldfast.models.loading import load_model
 from lldfast.run.config import Config
 from lldfast.run.folder import RunFolder
 from lldfast.run.place import Place, resolve_location
