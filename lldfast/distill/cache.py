@@ -26,6 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+import xxhash
 
 from lldfast.backends import versions
 from lldfast.data.shards import DTYPES, TokenShards, check_domain_name, xxh3_file
@@ -357,6 +358,12 @@ class TeacherCache:
                     raise CorruptError(
                         f"{self.file(domain, part)}: checksum {found} where {CACHE} says {expected} (domain {domain!r})"
                     )
+
+    @property
+    def content_hash(self) -> str:
+        """XXH3-128 (hex) over the checksums that cache.json lists."""
+        sums = [[domain, *(entry[f"{part}_xxh3"] for part in PARTS)] for domain, entry in self._entries.items()]
+        return xxhash.xxh3_128_hexdigest(json.dumps(sums, ensure_ascii=False).encode())
 
     def statistics(self, domain: str) -> tuple[float, float]:
         """(mean mass outside the k ids, mean lower bound of the entropy in nats) of a domain; NaN without a window.
