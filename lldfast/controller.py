@@ -24,7 +24,7 @@ import torch
 from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.errors import InputError, deprecated, naming, renamed_arguments
+from lldfast.errors import InputError, deprecated, listed, naming, renamed_arguments
 from lldfast.files import atomic_path
 from lldfast.gram.options import GramOptions
 from lldfast.gram.step import GRAM_OPTIONS, estimate_step, info_line
@@ -391,7 +391,8 @@ class LLDController:
             raise InputError(f"the state is of {len(state['logits'])} domains, the controller has {len(self.domains)}")
         stored = np.asarray(state.get("domains", self.domains)).tolist()
         if stored != self.domains:
-            raise InputError(f"the state is of the domains {stored}, in this order; the controller has {self.domains}")
+            before, now = listed(map(repr, stored)), listed(map(repr, self.domains))
+            raise InputError(f"the state is of the domains [{before}], in this order; the controller has [{now}]")
         steps = [int(step) for step in state["steps"]]
         grams = list(state["grams"]) if len(state["grams"]) else [None] * len(steps)
         # a state of before ridges were stored has no such entry: its rules go by their own ridge

@@ -30,7 +30,7 @@ import xxhash
 
 from lldfast.backends import versions
 from lldfast.data.shards import DTYPES, TokenShards, check_domain_name, xxh3_file
-from lldfast.errors import CorruptError, InputError
+from lldfast.errors import CorruptError, InputError, listed
 from lldfast.files import explain_write_errors, fsync_folder, read_json, write_json
 
 FORMAT = "lldfast-teacher-cache"
@@ -273,7 +273,7 @@ class TeacherCache:
             InputError: there is no such domain.
         """
         if domain not in self._entries:
-            raise InputError(f"{self.path} has no domain {domain!r}; it has: {', '.join(self.domains)}")
+            raise InputError(f"{self.path} has no domain {domain!r}; it has: {listed(self.domains)}")
         return self.path / self._entries[domain][part]
 
     def _check_size(self, domain: str, part: str) -> None:
@@ -342,7 +342,7 @@ class TeacherCache:
             raise InputError(f"the teacher cache {self.path} has windows of {self.block_size} tokens, not of {block_size}")
         missing = [name for name in (shards.domains if domains is None else domains) if name not in self.windows]
         if missing:
-            has = ", ".join(self.domains)
+            has = listed(self.domains)
             raise InputError(f"the teacher cache {self.path} lacks the domain {missing[0]!r} of {shards.path}; it has: {has}")
 
     def verify(self) -> None:

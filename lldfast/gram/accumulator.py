@@ -312,7 +312,7 @@ class Accumulator:
 
     def _key(self, domain: str, group: int) -> Key:
         if domain not in self.domains:
-            raise InputError(f"unknown domain {domain!r}; the domains are {listed(self.domains)}")
+            raise InputError(f"unknown domain {domain!r}; the domains are [{listed(map(repr, self.domains))}]")
         if isinstance(group, bool) or not isinstance(group, (int, np.integer)) or group < 0:
             raise InputError(f"group must be an integer >= 0, got {group!r}")
         return domain, int(group)

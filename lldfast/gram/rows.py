@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lldfast.errors import InputError
+from lldfast.errors import InputError, listed
 
 # bytes per number, scales included
 BYTES = {"exact": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 128, "int4": 0.5 + 4 / 128}
@@ -68,7 +68,7 @@ class GradientRows:
         if self._rows is not None:
             return self._rows[self.domains.index(domain)]
         if self.domains.index(domain) != len(self._packed):
-            raise InputError(f"rows of {self.mode} are made domain by domain, in the order {self.domains}")
+            raise InputError(f"rows of {self.mode} are made domain by domain, in the order [{listed(map(repr, self.domains))}]")
         if self._buffer is None:
             self._buffer = torch.zeros(self._size, device=self.device)
         return self._buffer
