@@ -156,7 +156,7 @@ def check_comparable(
         if finding.below:
             raise InputError(
                 f"{finding}, which is no distance between models. Score both alike, or go on with allow_differences "
-                "(--anyway on the command line)"
+                "(--anyway on the command line, measure.allow_differences of a run)"
             )
     if found:
         warnings.warn(_say(found), ComparisonWarning, stacklevel=stacklevel)
