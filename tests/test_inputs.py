@@ -133,8 +133,8 @@ def scored_in_bf16(root):
 
 
 TARGETS = {
-    "the hash of its weights": lambda root: save_gpt(root / "target", 8),
-    "the hash of its tokenizer": other_tokenizer,
+    "its hash": lambda root: save_gpt(root / "target", 8),
+    "its tokenizer's hash": other_tokenizer,
     "amp_dtype": scored_in_bf16,
 }
 
@@ -147,7 +147,7 @@ def test_a_part_of_the_target_was_replaced(again, what):
     with pytest.raises(InputError, match=rf"target\.parquet was scored with another target or other texts: {what} was"):
         run(config)
     (root / "run" / "target.parquet").unlink()
-    if what != "the hash of its tokenizer":
+    if what != "its tokenizer's hash":
         Experiment.open(config)  # scored anew
 
 

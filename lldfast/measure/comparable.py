@@ -310,7 +310,9 @@ def _quantisation(a: Meta, b: Meta) -> Difference | None:
 
 def _context_length(a: Meta, b: Meta, n_tokens: Any) -> Difference | None:
     one, two = (_model(meta).get("context_length") for meta in (a, b))
-    if not _differ(one, two) or (n_tokens is not None and not (np.maximum(*n_tokens) > min(one, two)).any()):
+    if one is None or two is None or one == two:
+        return None
+    if n_tokens is not None and not (np.maximum(*n_tokens) > min(one, two)).any():
         return None
     return Difference(
         "context length", None, f"it is one model with {one} and with {two} tokens of context, and texts are longer"
@@ -320,7 +322,8 @@ def _context_length(a: Meta, b: Meta, n_tokens: Any) -> Difference | None:
 def quantisation(meta: Meta) -> str | None:
     """Kind of a model's quantisation as GGUF calls it ("Q8_0"), "F32" and the like for none; None where nothing tells."""
     model = _model(meta)
-    extra = model.get("extra") if isinstance(model.get("extra"), Mapping) else {}
+    given = model.get("extra")
+    extra: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     for key in ("quantisation", "quantization"):
         value = extra.get(key, model.get(key))
         if isinstance(value, str):

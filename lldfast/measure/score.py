@@ -117,8 +117,8 @@ def token_kl(
     if (a.bos, a.bos_id) != (b.bos, b.bos_id):
         raise InputError(f"true KL needs one first-token rule, but {a.name} has bos={a.bos!r} and {b.name} has bos={b.bos!r}")
     if not allow_differences:
-        conditions = [{"model": {"dtype": str(next(lm.module.parameters()).dtype)}} for lm in (a, b)]
-        for difference in compare_conditions(*conditions):
+        of_a, of_b = ({"model": {"dtype": str(next(lm.module.parameters()).dtype)}} for lm in (a, b))
+        for difference in compare_conditions(of_a, of_b):
             floor = f"; for that alone eq. (2) is {difference.floor:g} nats per text ({MEASURED_ON})" if difference.floor else ""
             warnings.warn(f"{a.name} and {b.name}: {difference.sentence}{floor}", ComparisonWarning, stacklevel=3)
     vocab = min(a.vocab_size, b.vocab_size)

@@ -41,7 +41,8 @@ def summarise(path: str | Path) -> dict[str, Any]:
     experiment = read_json(run.experiment)
     if not isinstance(experiment, dict) or not isinstance(experiment.get("methods"), list) or "ground_truth" not in experiment:
         raise CorruptError(f"{run.experiment} is not what a run writes: methods or ground_truth is missing")
-    rows, base_row, unstable, unlike = [], None, [], []
+    rows, base_row, unstable = [], None, []
+    unlike: list[str] = []
     for name in experiment["methods"]:
         folder = run.method(name)
         if not folder.finished:

@@ -100,8 +100,8 @@ def scored_differently(vector: LoglikVector, model: LanguageModel, evalset_hash:
     was = meta.get("model") or {}
     rows: list[tuple[str, Any, Any]] = [
         ("the texts' hash", meta.get("evalset_hash"), evalset_hash),
-        ("the hash of its weights", was.get("hash"), identity["hash"]),
-        ("the hash of its tokenizer", meta.get("tokenizer_hash", model.tokenizer.hash), model.tokenizer.hash),
+        ("its hash", was.get("hash"), identity["hash"]),
+        ("its tokenizer's hash", meta.get("tokenizer_hash", model.tokenizer.hash), model.tokenizer.hash),
         ("its first token", meta.get("bos", identity["bos"]), identity["bos"]),
         *((name, was.get(name, identity[name]), identity[name]) for name in ("dtype", "context_length")),
         *((name, meta.get(name), None) for name in ("amp_dtype", "precision")),
