@@ -24,10 +24,11 @@ import torch
 from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.errors import InputError, deprecated, naming, renamed_arguments
+from lldfast.errors import InputError, deprecated, listed, naming, renamed_arguments
 from lldfast.files import atomic_path
 from lldfast.gram.options import GramOptions
 from lldfast.gram.step import GRAM_OPTIONS, estimate_step, info_line
+from lldfast.measure.comparable import check_comparable
 from lldfast.measure.loglik import LoglikVector, check_per, check_same_texts, counts_per, delta
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT
@@ -70,6 +71,7 @@ class LLDController:
         seed: int = 0,
         batch_tokens: int = 16_384,
         gram_options: Mapping[str, Any] | None = None,
+        allow_differences: bool = False,
     ) -> None:
         """
         Args:
@@ -84,6 +86,7 @@ class LLDController:
             gram_options: keyword arguments of `gram.estimate` for rules that need G: mode, k, groups, debias, budget_bytes,
                 target_kl, ridge, batch_tokens, seed (that of step t is seed + t: the errors of sketches average out over
                 steps), and precondition, where "adamw" stands for the optimizer given to `step`.
+            allow_differences: neither warn of a target that was not scored as the base is (`measure.comparable`) nor refuse it.
 
         Raises:
             InputError: an unknown entry of gram_options; target and evalset do not cover the same texts, or there are no texts;
@@ -119,6 +122,7 @@ class LLDController:
         self.replicates: list[Array] = []
         self.gram_seconds = 0.0  # what the last estimate of G took
         self._logits = np.zeros(len(self.domains))
+        self._compared = allow_differences  # whether the two vectors' conditions have been told, or need not be
         self._base: dict[str, Any] | None = None  # identity of the model that was scored first
 
     def step(
@@ -130,7 +134,8 @@ class LLDController:
             optimizer: the run's, needed only when gram_options has precondition "adamw". Its state may still be empty.
 
         Raises:
-            InputError: steps go backwards, a bare model came without a tokenizer, or "adamw" without an optimizer.
+            InputError: steps go backwards, a bare model came without a tokenizer, or "adamw" without an optimizer; at the first
+                estimate also a base that is nearer to the target than what the way the two were scored makes alone.
         """
         if step not in self.at:
             return None
@@ -138,7 +143,8 @@ class LLDController:
             raise InputError(f"step {step} comes after an estimate at step {self.estimated_at[-1]}")
         lm = self._language_model(model)
         base = score(lm, self.evalset, batch_tokens=self.batch_tokens)
-        by_domain, _ = delta(self.target, base, per=self.per)
+        self._compare(base)
+        by_domain, _ = delta(self.target, base, per=self.per, allow_differences=True)
         values = np.array([by_domain[name] for name in self.domains])
         progress = step / self.total_steps
         gram: StepGram | None = None
@@ -189,6 +195,12 @@ class LLDController:
         if info is None:
             raise InputError("there is no estimate of G")
         return f"G at step {self.estimated_at[-1]}: {info_line(info, len(self.domains), self.gram_seconds)}"
+
+    def _compare(self, base: LoglikVector) -> None:
+        """Warn once of a target that was scored differently; a run that has begun goes on whatever the distance becomes."""
+        if not self._compared and not self.estimated_at:
+            check_comparable((self.target, base), stacklevel=4)
+        self._compared = True
 
     def _named(self, values: Array) -> dict[str, float]:
         return dict(zip(self.domains, values.tolist(), strict=True))
@@ -379,7 +391,8 @@ class LLDController:
             raise InputError(f"the state is of {len(state['logits'])} domains, the controller has {len(self.domains)}")
         stored = np.asarray(state.get("domains", self.domains)).tolist()
         if stored != self.domains:
-            raise InputError(f"the state is of the domains {stored}, in this order; the controller has {self.domains}")
+            before, now = listed(map(repr, stored)), listed(map(repr, self.domains))
+            raise InputError(f"the state is of the domains [{before}], in this order; the controller has [{now}]")
         steps = [int(step) for step in state["steps"]]
         grams = list(state["grams"]) if len(state["grams"]) else [None] * len(steps)
         # a state of before ridges were stored has no such entry: its rules go by their own ridge

@@ -10,7 +10,7 @@ import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -45,6 +45,17 @@ class MissingDependencyError(LLDError, ImportError):
 
 class TrainingError(LLDError, RuntimeError):
     """Training cannot go on: a loss or gradient is not finite."""
+
+
+class ComparisonWarning(UserWarning):
+    """What is compared was not scored under the same conditions: part of the difference is not between the models."""
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Names for a message, at most so many of them: "a, b, ... and 1,990 more"."""
+    shown = [str(name) for name in names]
+    more = len(shown) - most
+    return ", ".join(shown) if more <= 0 else f"{', '.join(shown[:most])}, ... and {more:,} more"
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from lldfast.data.mixture import Batch, DomainMixture
 from lldfast.distill.cache import TeacherCache
 from lldfast.distill.objective import Distillation, Objective, Rows, check_same_teacher, cross_entropy, fingerprint
-from lldfast.errors import TrainingError
+from lldfast.errors import TrainingError, listed
 from lldfast.models.language_model import LanguageModel
 from lldfast.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from lldfast.run.experiment import Experiment
@@ -218,7 +218,7 @@ class Training:
     def not_finite(self, step: int, loss: np.ndarray, batch: Batch, grad_norm: float) -> str:
         """What to tell a user whose loss or gradient is not finite."""
         bad = sorted({self.mixture.domains[k] for k in batch.domain[~np.isfinite(loss)].tolist()})
-        where = f"the loss is not finite on {', '.join(bad)}" if bad else f"the gradient norm is {grad_norm}"
+        where = f"the loss is not finite on {listed(bad)}" if bad else f"the gradient norm is {grad_norm}"
         kept = list_checkpoints(self.folder.checkpoints)
         after = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint before it"
         return (

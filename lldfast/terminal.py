@@ -8,10 +8,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
-from lldfast.errors import LLDError
+from lldfast.errors import ComparisonWarning, LLDError
 
 
 def exit_status(command: Callable[[], object]) -> int:
@@ -20,6 +21,15 @@ def exit_status(command: Callable[[], object]) -> int:
         with warnings.catch_warnings():
             if not sys.warnoptions:  # Python shows them to a program's author alone; here the one who typed the name must read it
                 warnings.filterwarnings("default", category=DeprecationWarning, module=r"lldfast\b")
+            shown = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+                if issubclass(category, ComparisonWarning):  # about the user's models; the line of code would say nothing
+                    note(f"warning: {message}")
+                else:
+                    shown(message, category, *where, **options)
+
+            warnings.showwarning = show
             command()
         return 0
     except BrokenPipeError:  # `lldfast ... | head`: nobody reads on, and the flush at exit must not complain

@@ -18,14 +18,16 @@ from lldfast.data.tokenizer import load_tokenizer
 from lldfast.errors import CorruptError, InputError, TrainingError
 from lldfast.gram.debias import domain_gram
 from lldfast.gram.estimation import choose_storage, split_groups
-from lldfast.gram.rows import GradientRows
+from lldfast.gram.rows import GradientRows, row_bytes
 from lldfast.gram.sketch_error import expected_weight_kl, relative_error
+from lldfast.gram.step import estimate_step
 from lldfast.measure.score import score
 from lldfast.models.batches import IGNORE, batches, token_logprobs
-from lldfast.models.gpt import GPT
+from lldfast.models.gpt import GPT, GPTConfig
 from lldfast.models.language_model import LanguageModel
 from lldfast.ops.sketch import fold as sketch
 from lldfast.weights.equations import adjusted_lld_weights
+from lldfast.weights.rules import Rule
 
 rng = np.random.default_rng(0)
 
@@ -324,6 +326,60 @@ def test_auto_takes_the_most_accurate_that_fits():
         choose_storage("sharded", "auto", k, groups, size, None, 1e-4)
 
 
+SHAPES = [(2000, 2000, 10_000), (2000, 16_000, 10_000), (3, 24, 7), (2000, 2000, 10), (17, 136, 2**20), (12, 96, 5_000_000)]
+
+
+@pytest.mark.parametrize("domains, groups, size", SHAPES)
+@pytest.mark.parametrize("mode", ["auto", "exact", "bf16", "int8", "int4", "fold"])
+@pytest.mark.parametrize("budget", [None, 4 << 30])
+def test_no_planned_sketch_has_more_numbers_than_parameters(mode, budget, domains, groups, size):
+    plan = choose_storage(mode, "auto", domains, groups, size, budget, 1e-4)
+    exact = choose_storage("exact", "auto", domains, groups, size, budget, 1e-4)
+    assert plan.k <= size and plan.bytes == choose_storage(plan.mode, plan.k, domains, groups, size, None, 1e-4).bytes
+    if mode in ("auto", "fold"):
+        assert plan.bytes <= exact.bytes
+    assert (mode == plan.mode) or (mode, plan.mode) in {("auto", "exact"), ("fold", "exact")}
+
+
+def test_two_thousand_domains_of_a_small_model():
+    plan = choose_storage("fold", "auto", 2000, 2000, 10_000, None, 1e-4)
+    assert plan == ("fold", 10_000, 8 * 10_000 * 2000)  # a sketch planned without regard to the model had 2^20 numbers
+    # Error bars take fewer numbers where the rows fit and their own sketches alone would not.
+    plan = choose_storage("auto", "auto", 2000, 16_000, 10_000, 500 << 20, 1e-4)
+    assert plan.mode == "exact" and plan.k == 2048 and plan.bytes == 4 * 10_000 * 2000 + 8 * 2048 * 16_000
+    with pytest.raises(InputError, match="sketches of 16000 groups"):
+        choose_storage("auto", "auto", 2000, 16_000, 10_000, 1 << 20, 1e-4)
+    assert choose_storage("fold", 2**16, 2000, 2000, 10_000, None, 1e-4).k == 2**16  # what the caller asks for
+
+
+@pytest.mark.parametrize("mode", ["exact", "bf16", "int8", "int4"])
+def test_rows_take_what_is_planned_for_them(mode):
+    names, size = [str(i) for i in range(5)], 100
+    rows = GradientRows(names, (0, size), mode, 0, torch.device("cpu"))
+    for name in names:
+        rows.add(name, 0, 0, torch.randn(size))
+        rows.finish(name, 1.0)
+    kept = [rows._rows] if mode == "exact" else [part for row in rows._packed for part in row if part is not None]
+    assert sum(part.numel() * part.element_size() for part in kept) == len(names) * row_bytes(mode, size)
+    plan = choose_storage(mode, "auto", len(names), 10, size, None, 1e-4)
+    assert plan.bytes == len(names) * row_bytes(mode, size) + 8 * 10 * plan.k
+
+
+def test_a_small_model_is_folded_to_its_own_gradients(monkeypatch):
+    """As many numbers as parameters: G without an error, also through a run's estimate, and no sketch is larger."""
+    small = LanguageModel.from_gpt(GPT(GPTConfig(257, 257, 16, 1, 1, 8), seed=0), load_tokenizer("bytes"))
+    size = sum(p.numel() for p in small.module.parameters())
+    exact, got = (gram.estimate(small, EVALSET, mode=mode) for mode in ("exact", "fold"))
+    assert (got.mode, got.k, got.expected_error) == ("fold", size, 0.0) and size & (size - 1)
+    np.testing.assert_allclose(got.gram, exact.gram, rtol=1e-5, atol=1e-7 * exact.gram.max())
+    np.testing.assert_allclose(got.gram_se, exact.gram_se, rtol=1e-5, atol=1e-7 * exact.gram.max())
+    step = estimate_step(
+        small, EVALSET, Rule("adjusted"), np.linspace(-1, 1, len(EVALSET.domains)), np.ones(len(EVALSET.domains)),
+        step=0, progress=0.0, seed=0, options={"mode": "fold"},
+    )  # fmt: skip
+    assert step.info["expected_error"] == 0 and step.info["weights_se"] is None
+
+
 @pytest.mark.parametrize("mode", ["exact", "fold"])
 def test_errors_and_ridge_go_into_the_weights(scorer, mode):
     delta = {"code": 0.3, "words": -0.1, "numbers": 0.2}
@@ -497,7 +553,7 @@ import torch.distributed as dist
 from lldfast import gram
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer
-from lldfast.models.gpt import GPT
+from lldfast.models.gpt import GPT, GPTConfig
 from lldfast.models.language_model import LanguageModel
 
 rank, size, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]

@@ -424,3 +424,48 @@ def test_bad_optimisers_and_calls(trained):
         call = {"optimizer": optimizer, "evalset": evalset, **kwargs}
         with pytest.raises(InputError, match=message):
             gram.fidelity(scorer, call.pop("optimizer"), plain, call.pop("evalset"), **call)
+
+
+def test_as_many_numbers_as_parameters_keep_the_gradients(tmp_path):
+    size = 300
+    assert size & (size - 1)
+    acc, half = (gram.Accumulator(size, ["a", "b"], size, 7) for _ in range(2))
+    g = {key: torch.randn(size, dtype=torch.float64) for key in (("a", 0), ("a", 1), ("b", 0))}
+    scale, dot = torch.rand(size), torch.randn(size)
+    for key, values in g.items():
+        for begin, end in ((0, 100), (100, size)):
+            to = acc if begin == 0 else half
+            square = to.add(*key, begin, values[begin:end].float(), scale[begin:end], dot[begin:end])
+            assert square == pytest.approx(float((values.float() * scale)[begin:end].double().square().sum()), rel=1e-6)
+    acc.merge(half)
+    for key, values in g.items():
+        torch.testing.assert_close(acc.sketches[key], (values.float() * scale).double())
+        assert acc.dots[key] == pytest.approx(float(values.float().double() @ dot.double()), rel=1e-6)
+        assert acc.squares[key] == pytest.approx(float((values.float() * scale).double().square().sum()), rel=1e-6)
+    acc.save(tmp_path / "sketches.npz")
+    back = gram.Accumulator.load(tmp_path / "sketches.npz")
+    assert back.k == size and same_sketches(acc, back)
+    with pytest.raises(InputError, match="k is 300 here, 256 there"):
+        acc.merge(gram.Accumulator(size, ["a", "b"], 256, 7))
+    for k in (True, 301, 299):
+        with pytest.raises(InputError, match="power of two"):
+            gram.Accumulator(1 if k is True else size, ["a"], k)
+    with pytest.raises(InputError, match="expected floating point"):
+        acc.add("a", 0, 0, torch.ones(3, dtype=torch.int64))
+    with pytest.raises(InputError, match="as many in scale"):
+        acc.add("a", 0, 0, torch.ones(3), torch.ones(2))
+
+
+def test_products_do_not_stack_all_sketches_of_many_groups(monkeypatch):
+    monkeypatch.setattr("lldfast.gram.accumulator.TOGETHER", 64)
+    acc = gram.Accumulator(5000, [str(i) for i in range(8)], 1024, 7)
+    for i in range(8):
+        acc.add(str(i), 0, 0, torch.randn(5000))
+    original, largest = torch.stack, []
+    monkeypatch.setattr(torch, "stack", lambda parts, *a: largest.append(sum(p.numel() for p in parts)) or original(parts, *a))
+    table, _, _ = acc.products()
+    assert max(largest) == 64
+    sketches = original([acc.sketches[str(i), 0] for i in range(8)])
+    want = (sketches @ sketches.T).numpy()
+    np.fill_diagonal(want, table.diagonal())
+    np.testing.assert_allclose(table, want, rtol=1e-9, atol=1e-9 * want.max())

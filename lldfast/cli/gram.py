@@ -5,9 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lldfast.cli.options import add_bos, add_device, add_eval_data, add_fields, add_model, evalset_of, model_of, values_of
+from lldfast.cli.options import (
+    add_anyway,
+    add_bos,
+    add_device,
+    add_eval_data,
+    add_fields,
+    add_model,
+    evalset_of,
+    model_of,
+    values_of,
+)
 from lldfast.gram.options import GramOptions
-from lldfast.terminal import aligned
+from lldfast.terminal import aligned, note
 
 if TYPE_CHECKING:
     from lldfast.cli.options import Commands
@@ -28,6 +38,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--tau", type=float, default=1.0, help="temperature of those weights, nats per token (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sketch and the groups (default: 0)")
+    add_anyway(parser)
     add_bos(parser)
     add_device(parser)
     parser.set_defaults(execute=run)
@@ -36,6 +47,7 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     from lldfast import gram
     from lldfast.files import check_writable
+    from lldfast.measure.comparable import describe_differences
     from lldfast.measure.loglik import LoglikVector, check_same_texts, delta
     from lldfast.measure.score import score
 
@@ -51,7 +63,10 @@ def run(options: argparse.Namespace) -> None:
     model = model_of(options)
     shift = None
     if target is not None:
-        shift = delta(target, score(model, evalset, progress=True))[0]
+        base = score(model, evalset, progress=True)
+        if options.anyway and (said := describe_differences([target, base], [options.target, options.model])):
+            note(f"warning: {said}")
+        shift = delta(target, base, allow_differences=options.anyway)[0]
     found = gram.estimate(
         model,
         evalset,

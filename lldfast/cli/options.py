@@ -42,6 +42,11 @@ def add_bos(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bos", choices=["auto", "native", "none"], default="auto", help=what)
 
 
+def add_anyway(parser: argparse.ArgumentParser) -> None:
+    what = "go on where scores were not made alike, also below their noise floor; what differs is still said"
+    parser.add_argument("--anyway", action="store_true", help=what)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device and --dtype, of the model."""
     what = "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ... (default: auto)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lldfast.cli.options import add_fields, values_of
-from lldfast.errors import InputError, naming
+from lldfast.errors import InputError, listed, naming
 from lldfast.terminal import aligned
 from lldfast.weights.options import RuleOptions
 
@@ -98,6 +98,6 @@ def find_trajectory(run: Path, method: str | None) -> Path:
     if not found:
         raise InputError(f"{run} has no finished method with stored Delta_t")
     if len(found) != 1:
-        names = ", ".join(each.name for each in found)
+        names = listed(each.name for each in found)
         raise InputError(f"{run} has {len(found)} methods with stored Delta_t ({names}): choose one by --method")
     return found[0].weights

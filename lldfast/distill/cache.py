@@ -26,10 +26,11 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+import xxhash
 
 from lldfast.backends import versions
 from lldfast.data.shards import DTYPES, TokenShards, check_domain_name, xxh3_file
-from lldfast.errors import CorruptError, InputError
+from lldfast.errors import CorruptError, InputError, listed
 from lldfast.files import explain_write_errors, fsync_folder, read_json, write_json
 
 FORMAT = "lldfast-teacher-cache"
@@ -272,7 +273,7 @@ class TeacherCache:
             InputError: there is no such domain.
         """
         if domain not in self._entries:
-            raise InputError(f"{self.path} has no domain {domain!r}; it has: {', '.join(self.domains)}")
+            raise InputError(f"{self.path} has no domain {domain!r}; it has: {listed(self.domains)}")
         return self.path / self._entries[domain][part]
 
     def _check_size(self, domain: str, part: str) -> None:
@@ -341,7 +342,7 @@ class TeacherCache:
             raise InputError(f"the teacher cache {self.path} has windows of {self.block_size} tokens, not of {block_size}")
         missing = [name for name in (shards.domains if domains is None else domains) if name not in self.windows]
         if missing:
-            has = ", ".join(self.domains)
+            has = listed(self.domains)
             raise InputError(f"the teacher cache {self.path} lacks the domain {missing[0]!r} of {shards.path}; it has: {has}")
 
     def verify(self) -> None:
@@ -357,6 +358,12 @@ class TeacherCache:
                     raise CorruptError(
                         f"{self.file(domain, part)}: checksum {found} where {CACHE} says {expected} (domain {domain!r})"
                     )
+
+    @property
+    def content_hash(self) -> str:
+        """XXH3-128 (hex) over the checksums that cache.json lists."""
+        sums = [[domain, *(entry[f"{part}_xxh3"] for part in PARTS)] for domain, entry in self._entries.items()]
+        return xxhash.xxh3_128_hexdigest(json.dumps(sums, ensure_ascii=False).encode())
 
     def statistics(self, domain: str) -> tuple[float, float]:
         """(mean mass outside the k ids, mean lower bound of the entropy in nats) of a domain; NaN without a window.

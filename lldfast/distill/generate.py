@@ -37,7 +37,7 @@ from lldfast.data.making.prepare import made_together, verify
 from lldfast.data.mixture import permute, stream_key
 from lldfast.data.shards import ShardWriter, TokenShards, bad_token_error, write_manifest
 from lldfast.data.tokenizer import Tokenizer
-from lldfast.errors import CorruptError, InputError, renamed_arguments
+from lldfast.errors import CorruptError, InputError, listed, renamed_arguments
 from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
 from lldfast.models.decode import choose_token, decoder_of, draw_levels
 from lldfast.models.hf_config import UNLIMITED
@@ -152,11 +152,11 @@ def _tokens_by_domain(tokens: Any, domains: Iterable[str] | None, shards: TokenS
         names = list(tokens) if isinstance(tokens, Mapping) else shards.domains
     unknown = [name for name in names if name not in shards.domains]
     if unknown:
-        raise InputError(f"{shards.path} has no domain {unknown[0]!r}; it has: {', '.join(shards.domains)}")
+        raise InputError(f"{shards.path} has no domain {unknown[0]!r}; it has: {listed(shards.domains)}")
     if not names:
         raise InputError("domains is an empty list: name at least one, or leave it out for all")
     if isinstance(tokens, Mapping) and set(tokens) != set(names):
-        raise InputError(f"tokens is given for {sorted(tokens)}, the domains are {sorted(names)}")
+        raise InputError(f"tokens is given for {listed(sorted(tokens))}; the domains are {listed(sorted(names))}")
     wanted = {name: tokens[name] if isinstance(tokens, Mapping) else tokens for name in shards.domains if name in names}
     for name, n in wanted.items():
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lldfast.data.shards import TokenShards, bad_token_error
 from lldfast.distill.cache import CACHE, PROGRESS, CacheSpec, CacheWriter, TeacherCache, as_json, part_file
-from lldfast.errors import InputError
+from lldfast.errors import InputError, listed
 from lldfast.files import folder_lock
 from lldfast.models.batches import evaluating, layer_tokens
 from lldfast.models.gpt import GPT
@@ -115,7 +115,7 @@ def _windows(shards: TokenShards, block_size: int, domains: Iterable[str] | None
     wanted = set(shards.domains if domains is None else [domains] if isinstance(domains, str) else domains)
     unknown = sorted(wanted - set(shards.domains))
     if unknown:
-        raise InputError(f"{shards.path} has no domain {unknown[0]!r}; it has: {', '.join(shards.domains)}")
+        raise InputError(f"{shards.path} has no domain {unknown[0]!r}; it has: {listed(shards.domains)}")
     found = {}
     for domain in (name for name in shards.domains if name in wanted):
         part_file(domain, "ids")  # its name fits a file: told now, not after hours

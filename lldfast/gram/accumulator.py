@@ -7,6 +7,9 @@
     G = acc.gram()                              # [K, K]
 
 A group is some texts of one domain. Groups are what noise is told from signal by, so each should hold texts of its own.
+
+A sketch of P numbers or more would hold no less than the gradient: with k = P, where P is no power of two, the gradient itself is
+kept.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lldfast.errors import CorruptError, InputError
+from lldfast.errors import CorruptError, InputError, listed
 from lldfast.files import atomic_path
 from lldfast.gram.debias import domain_gram
 from lldfast.ops.sketch.fold import check_k, fold
@@ -39,7 +42,8 @@ UNREADABLE = (
     zipfile.BadZipFile, zlib.error, tokenize.TokenError,
 )  # fmt: skip
 UNITS = "nats per token, over parameters"
-PART = 1 << 13  # numbers of every sketch that `products` multiplies at a time
+# Numbers of every sketch that `products` multiplies at a time: at most so many, and of all sketches at most so many.
+PART, TOGETHER = 1 << 13, 1 << 24
 Key = tuple[str, int]
 
 
@@ -47,7 +51,8 @@ class Accumulator:
     """Signed XOR-folds of the gradients of groups of texts, and their exact squared norms.
 
     Attributes:
-        n_params: P, size of the flat parameter space. domains: K names. k: size of a sketch, a power of two. seed: its key.
+        n_params: P, size of the flat parameter space. domains: K names. k: size of a sketch, a power of two, or P: the gradients
+            are then kept as they are. seed: its key.
         layout: hash of the order of parameters (`Layout.hash`), or None; sketches of different layouts are not comparable.
         sketches: fp64 [k] by (domain, group). squares: |g|^2 by (domain, group). dots: inner products asked for in `add`.
     """
@@ -65,13 +70,14 @@ class Accumulator:
     ) -> None:
         """
         Raises:
-            InputError: no parameters, no or repeated domains, k no power of two, seed out of range.
+            InputError: no parameters, no or repeated domains, k neither a power of two nor n_params, seed out of range.
         """
         if isinstance(n_params, bool) or not isinstance(n_params, (int, np.integer)) or n_params < 1:
             raise InputError(f"n_params must be a positive integer, got {n_params!r}")
         if isinstance(domains, str) or not len(domains) or len(set(domains)) != len(domains):
             raise InputError(f"domains must be different names, at least one, got {domains!r}")
-        self.n_params, self.domains, self.k, self.seed = int(n_params), list(domains), check_k(k), check_seed(seed)
+        self.n_params, self.domains, self.seed = int(n_params), list(domains), check_seed(seed)
+        self.k = self.n_params if k == self.n_params and not isinstance(k, bool) else check_k(k)
         self.layout, self.backend = layout, backend
         self.device = torch.empty(0, device=device).device  # "cuda" is the current one, with its number
         self.sketches: dict[Key, Tensor] = {}
@@ -109,7 +115,10 @@ class Accumulator:
         out = self.sketches.get(key)
         out = torch.zeros(self.k, dtype=torch.float64, device=self.device) if out is None else out
         others = [] if dot is None else [dot]
-        sums = fold(out, tensor, offset=offset, seed=self.seed, scale=scale, dots=others, backend=self.backend).tolist()
+        if self.k & (self.k - 1):  # no power of two: the gradient itself
+            sums = _place(out, tensor, offset, scale, others)
+        else:
+            sums = fold(out, tensor, offset=offset, seed=self.seed, scale=scale, dots=others, backend=self.backend).tolist()
         self._open(key, out)
         self.squares[key] += sums[0]
         if dot is not None:
@@ -210,8 +219,9 @@ class Accumulator:
         if uncounted and self.tokens:
             raise InputError(f"group {uncounted[0][1]} of domain {uncounted[0][0]!r} has no token count, others have")
         total = torch.zeros(len(keys), len(keys), dtype=torch.float64, device=self.device)
-        for begin in range(0, self.k, PART):  # no second copy of all sketches
-            part = torch.stack([self.sketches[key][begin : begin + PART] for key in keys])
+        size = min(PART, max(TOGETHER // max(len(keys), 1), 1))
+        for begin in range(0, self.k, size):  # no second copy of all sketches
+            part = torch.stack([self.sketches[key][begin : begin + size] for key in keys])
             total += part @ part.T
         table = total.cpu().numpy()
         for i, key in enumerate(keys):
@@ -302,10 +312,21 @@ class Accumulator:
 
     def _key(self, domain: str, group: int) -> Key:
         if domain not in self.domains:
-            raise InputError(f"unknown domain {domain!r}; the domains are {self.domains}")
+            raise InputError(f"unknown domain {domain!r}; the domains are [{listed(map(repr, self.domains))}]")
         if isinstance(group, bool) or not isinstance(group, (int, np.integer)) or group < 0:
             raise InputError(f"group must be an integer >= 0, got {group!r}")
         return domain, int(group)
+
+
+def _place(out: Tensor, g: Tensor, offset: int, scale: Tensor | None, dots: Sequence[Tensor]) -> list[float]:
+    """`fold` without folding: add g * scale (rounded to fp32) to its own entries of `out`; the same sums come back."""
+    flat = g.detach().reshape(-1)
+    if not flat.is_floating_point() or any(other.numel() != len(flat) for other in (scale, *dots) if other is not None):
+        raise InputError(f"{tuple(g.shape)} of {g.dtype}: expected floating point numbers, with as many in scale and dot")
+    values = flat.double() if scale is None else (flat * scale.reshape(-1)).double()
+    out[offset : offset + len(flat)] += values
+    sums = [values.square().sum(), *((flat.double() * other.reshape(-1).double()).sum() for other in dots)]
+    return torch.stack(sums).tolist()
 
 
 def _disjoint(ranges: list[tuple[int, int]]) -> bool:

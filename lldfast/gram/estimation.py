@@ -23,7 +23,7 @@ from lldfast.gram.options import Mode, check_values
 from lldfast.gram.precondition import SecondMoments, check_optimizer, of_optimizer
 from lldfast.gram.result import GramEstimate
 from lldfast.gram.ridge import auto_ridge
-from lldfast.gram.rows import BYTES, GradientRows
+from lldfast.gram.rows import BYTES, GradientRows, row_bytes
 from lldfast.gram.sketch_error import effective_size, relative_error, rounding_error, size_for
 from lldfast.models.batches import batches, evaluating, token_logprobs
 from lldfast.models.gpt import GPT
@@ -36,7 +36,8 @@ from lldfast.weights.simplex import align
 DEFAULT_BUDGET = 2 << 30  # bytes for the rows, or for their sketches
 # With rows kept whole, the groups are sketched too, for error bars: to this size, whose own error widens them little.
 ERROR_K = 1 << 14
-LARGEST_K = 1 << 20
+LEAST_ERROR_K = 1 << 10
+LEAST_K, LARGEST_K = 1 << 6, 1 << 20
 
 Ints = NDArray[np.int64]
 
@@ -80,14 +81,16 @@ def estimate(
             its part of them (every process runs the same texts); "bf16", "int8", "int4": rounded stochastically, exact norms;
             "fold": sketches of k numbers for every group, never K P numbers. "auto": the first of these that fits `budget_bytes`.
         k: size of the sketches of "fold", a power of two. "auto": for an expected KL of the weights of `target_kl` (planned by
-            `size_for`, at a spread of the logits of std(delta) / tau, or of 1 without delta), as far as the budget allows.
+            `size_for`, at a spread of the logits of std(delta) / tau, or of 1 without delta), as far as the budget allows, and no
+            more than there are parameters; where rows in fp32 take no more than such sketches, they are kept ("exact").
         groups: groups of texts per domain. Debiasing and error bars come from their differences; texts of one document stay in
             one group, and the order of the texts does not matter. As many as there are texts: gradients text by text.
         debias: take the noise of finitely many texts out of the diagonal (`debiased_diagonal`). Domains with a single group
             keep the naive diagonal and say so in `debiased`.
         precondition: an Adam or AdamW optimiser of this model: G is then J M^-1 J^T, and `drift` is estimated (precondition.py).
             It makes one more pass over the texts, and holds three more numbers per parameter.
-        budget_bytes: for the rows or sketches (2 GiB by default). Beside them there is one gradient.
+        budget_bytes: for the rows or sketches (2 GiB by default). Beside them there are one gradient, and 8 bytes for every pair
+            of groups.
         batch_tokens: tokens of a batch; their activations are what the backward pass holds.
         seed: of the sketch and of stochastic rounding; `matrix` of equal seeds and parameters are comparable to the bit.
         delta: Delta in nats per token, {domain: value} or [K]; sharpens `k="auto"` and the ridge. tau: see `k`.
@@ -201,7 +204,9 @@ def choose_storage(
     """What is kept: rows of `size` numbers for each domain, or sketches of k numbers for each group.
 
     "auto" takes the most accurate that fits: exact, sharded over the processes, bf16, int8, int4, fold. The sketches from which
-    error bars come beside rows are counted too.
+    error bars come beside rows are counted too: of ERROR_K numbers, of fewer where they would take more than the rows and the
+    budget needs it. No sketch that is planned here has more numbers than the parameters: with as many it is the gradient itself.
+    "fold" of a planned size gives way to "exact" where that takes no more.
 
     Raises:
         InputError: nothing fits, or not what was asked for; sizes given.
@@ -210,23 +215,41 @@ def choose_storage(
     processes = _processes()[1]
     if mode == "sharded" and processes == 1:
         raise InputError("mode='sharded' needs torch.distributed with several processes; with one, 'exact' is the same")
-    beside = 8 * ERROR_K * n_groups
-    needs = {name: int(bytes_ * size * n_domains) for name, bytes_ in BYTES.items()}
-    needs["sharded"] = -(-needs["exact"] // processes)
-    needs = {name: value + beside for name, value in needs.items()}
-    smallest = 1 << 6
-    largest = LARGEST_K
-    while budget is not None and largest > smallest and 8 * largest * n_groups > budget:
-        largest //= 2
-    wanted = min(size_for(n_domains, target_kl, spread), largest) if k == "auto" else k
-    needs["fold"] = 8 * wanted * n_groups
-    order = ("exact", *(("sharded",) if processes > 1 else ()), "bf16", "int8", "int4", "fold")
-    for name in order if mode == "auto" else (mode,):
+    rows = {name: n_domains * row_bytes(name, size) for name in BYTES}
+    rows["sharded"] = n_domains * row_bytes("exact", -(-size // processes))
+
+    def beside(of_rows: int) -> int:
+        """Numbers per sketch beside rows of so many bytes."""
+        numbers = min(ERROR_K, size)
+        while budget is not None and of_rows + 8 * numbers * n_groups > budget and 8 * numbers * n_groups > of_rows:
+            if numbers <= LEAST_ERROR_K:
+                break
+            numbers = smaller_size(numbers)
+        return numbers
+
+    wanted = k
+    if wanted == "auto":
+        largest = min(LARGEST_K, size)
+        while budget is not None and largest > LEAST_K and 8 * largest * n_groups > budget:
+            largest = smaller_size(largest)
+        wanted = min(size_for(n_domains, target_kl, spread), largest)
+    numbers = {name: beside(of_rows) for name, of_rows in rows.items()} | {"fold": int(wanted)}
+    needs = {name: rows.get(name, 0) + 8 * numbers[name] * n_groups for name in numbers}
+    order: tuple[str, ...] = ("exact", *(("sharded",) if processes > 1 else ()), "bf16", "int8", "int4", "fold")
+    if mode != "auto":
+        planned = mode == "fold" and k == "auto"
+        order = ("exact",) if planned and needs["exact"] <= needs["fold"] else (mode,)
+    for name in order:
         if budget is None or needs[name] <= budget:
-            return Storage(name, wanted if name == "fold" else ERROR_K, needs[name])
-    least = min(needs[name] for name in order) if mode == "auto" else needs[mode]
+            return Storage(name, numbers[name], needs[name])
+    least = min(needs[name] for name in order)
     what = f"sketches of {n_groups} groups" if mode in ("auto", "fold") else f"{mode} rows of {n_domains} domains"
     raise InputError(f"{what} x {size:,} parameters need {least:,} bytes, the budget is {int(budget or 0):,}")
+
+
+def smaller_size(k: int) -> int:
+    """The next smaller power of two; k > 1."""
+    return 1 << ((k - 1).bit_length() - 1)
 
 
 def split_groups(evalset: EvalSet, domain: str, groups: int) -> list[Ints]:

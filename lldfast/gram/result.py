@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lldfast.data.evalset import EvalSet
-from lldfast.errors import CorruptError, InputError, renamed_arguments
+from lldfast.errors import CorruptError, InputError, listed, renamed_arguments
 from lldfast.files import atomic_path
 from lldfast.gram.accumulator import read_npz
 from lldfast.gram.jackknife import BLOCKS, Jackknife, jackknife
@@ -76,7 +76,7 @@ class GramEstimate:
     def _index(self, domains: Sequence[str]) -> list[int]:
         unknown = [name for name in domains if name not in self.domains]
         if unknown:
-            raise InputError(f"the Gram matrix has no domain {unknown[0]!r}; it has {self.domains}")
+            raise InputError(f"the Gram matrix has no domain {unknown[0]!r}; it has [{listed(map(repr, self.domains))}]")
         return [self.domains.index(name) for name in domains]
 
     @property
@@ -183,7 +183,7 @@ class GramEstimate:
         if self.ridge is not None:
             parts.append(f"ridge {self.ridge * len(self.domains) / max(np.trace(self.gram), 1e-300):.3g} tr G / K")
         if naive and self.extra.get("debias", True):
-            parts.append(f"not debiased: {', '.join(naive)}")
+            parts.append(f"not debiased: {listed(naive)}")
         return ", ".join(parts) + f" ({self.seconds:.1f} s)"
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -11,12 +11,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lldfast.errors import InputError
+from lldfast.errors import InputError, listed
 
 # bytes per number, scales included
 BYTES = {"exact": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 128, "int4": 0.5 + 4 / 128}
 SCALED = 128  # neighbouring numbers that share a scale
 CHUNK = 1 << 18
+TOGETHER = 1 << 24  # numbers of all rows that `gram` has in fp64 at a time
+
+
+def row_bytes(mode: str, size: int) -> int:
+    """Memory of a finished row of `size` numbers; rows that are rounded have whole blocks of a scale."""
+    return int(BYTES[mode] * (size if mode == "exact" else _whole_blocks(size)))
+
+
+def _whole_blocks(size: int) -> int:
+    return -(-size // SCALED) * SCALED
 
 
 class GradientRows:
@@ -31,7 +41,7 @@ class GradientRows:
             raise InputError(f"rows are kept as one of {', '.join(BYTES)}, not {mode!r}")
         self.domains, self.window, self.mode, self.device = list(domains), window, mode, device
         size = window[1] - window[0]
-        self._size = -(-size // SCALED) * SCALED  # whole blocks of a scale; the rest stays 0
+        self._size = _whole_blocks(size)  # the rest stays 0
         self._generator = torch.Generator(device).manual_seed(seed % 2**63)
         self._rows = torch.zeros(len(domains), size, device=device) if mode == "exact" else None
         self._buffer: Tensor | None = None
@@ -58,7 +68,7 @@ class GradientRows:
         if self._rows is not None:
             return self._rows[self.domains.index(domain)]
         if self.domains.index(domain) != len(self._packed):
-            raise InputError(f"rows of {self.mode} are made domain by domain, in the order {self.domains}")
+            raise InputError(f"rows of {self.mode} are made domain by domain, in the order [{listed(map(repr, self.domains))}]")
         if self._buffer is None:
             self._buffer = torch.zeros(self._size, device=self.device)
         return self._buffer
@@ -125,8 +135,9 @@ class GradientRows:
         k = len(self.domains)
         total, variance = torch.zeros(2, k, k, dtype=torch.float64, device=self.device)
         size = self._rows.shape[1] if self._rows is not None else self._size
-        for begin in range(0, size, CHUNK):
-            end = min(begin + CHUNK, size)
+        chunk = min(CHUNK, max(TOGETHER // k // SCALED, 1) * SCALED)
+        for begin in range(0, size, chunk):
+            end = min(begin + chunk, size)
             part = torch.stack([self._part(row, begin, end) for row in range(k)])
             total += part @ part.T
             if self._rows is None:

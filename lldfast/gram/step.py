@@ -31,7 +31,8 @@ class StepEstimate(NamedTuple):
             "mode"; "k" (None without a sketch); "expected_error": relative, of v = G^-1 Delta, by the sketch or rounding;
             "ridge": chosen with it, in the unit of G (None where it chose none), and "drift" ({domain: value} or None), which
             `replay` needs; "debiased": the number of domains whose diagonal was; what `Rule.reading` reads; "weights_se":
-            standard errors of the weights by the sketch ({domain: value}; None without one, or where G is noise alone).
+            standard errors of the weights by the sketch ({domain: value}; None without one, without an error of it, or where G is
+            noise alone).
         seconds: what the estimate took.
     """
 
@@ -108,7 +109,7 @@ def estimate_step(
     reading = rule.reading(delta, gram, progress)
     info |= {key: None if value is None else finite(value) for key, value in reading.items()}
     errors = None
-    if found.k is not None:
+    if found.k is not None and found.expected_error != 0:  # a sketch of as many numbers as parameters has no error
         naive = ordered(found.naive_diagonal) * unit**2
         errors = simulated_errors(weights_of, scaled, naive, found.k, np.random.default_rng([seed, step]))
     return StepEstimate(gram, info | {"weights_se": named(errors)}, float(found.seconds))

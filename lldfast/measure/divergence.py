@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lldfast.errors import InputError
+from lldfast.measure.comparable import check_comparable
 from lldfast.measure.loglik import LoglikVector, check_same_texts
 from lldfast.weights.simplex import Values, simplex
 
@@ -39,22 +40,26 @@ class KL:
     nats_per_text: float
 
 
-def _comparable(a: LoglikVector, b: LoglikVector, names: tuple[str, str] = ("one", "the other")) -> None:
+def _same_texts(a: LoglikVector, b: LoglikVector, names: tuple[str, str] = ("one", "the other")) -> None:
     check_same_texts(a, b, names)
     if len(a) == 0:
         raise InputError("the vectors are empty")
 
 
-def kl(a: LoglikVector, b: LoglikVector) -> KL:
+def kl(a: LoglikVector, b: LoglikVector, *, allow_differences: bool = False) -> KL:
     """Eq. (2): `KL(p_i, p_j) ~ 1/2 Var_x(l_i(x) - l_j(x))` nats per text, here in bits per byte.
 
     A distance between models (symmetric), blind to a difference that is the same for every text; not a literal KL when the
     models are far apart. See `true_kl`.
 
+    Args:
+        allow_differences: neither warn of vectors that were not scored alike (`measure.comparable`) nor refuse them.
+
     Raises:
-        InputError: the vectors were not scored on the same texts.
+        InputError: the vectors were not scored on the same texts, or are nearer than what the way they were scored makes alone.
     """
-    _comparable(a, b)
+    _same_texts(a, b)
+    check_comparable((a, b), allow=allow_differences)
     difference = np.asarray(a.logprob, dtype=np.float64) - np.asarray(b.logprob, dtype=np.float64)
     names = np.asarray(a.domain, dtype=object)
     mean = difference.mean()
@@ -69,18 +74,23 @@ def kl(a: LoglikVector, b: LoglikVector) -> KL:
     return KL(variance / unit, between / unit, max(0.0, variance - between) / unit, se / unit, variance / 2)
 
 
-def kl_matrix(vectors: Sequence[LoglikVector] | Mapping[str, LoglikVector]) -> Array:
+def kl_matrix(vectors: Sequence[LoglikVector] | Mapping[str, LoglikVector], *, allow_differences: bool = False) -> Array:
     """Eq. (2) between every pair of M models, in bits per byte: [M, M] float64, symmetric, zero diagonal.
 
+    Args:
+        allow_differences: as in `kl`.
+
     Raises:
-        InputError: the vectors were not scored on the same texts.
+        InputError: the vectors were not scored on the same texts, or two of them are nearer than what the way they were scored
+            makes alone.
     """
     rows = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
     names = list(vectors) if isinstance(vectors, Mapping) else [str(i) for i in range(len(rows))]
     if not rows:
         raise InputError("kl_matrix: no vectors")
     for name, row in zip(names, rows, strict=True):
-        _comparable(rows[0], row, (names[0], name))
+        _same_texts(rows[0], row, (names[0], name))
+    check_comparable(rows, names if isinstance(vectors, Mapping) else None, allow=allow_differences)
     stack = np.stack([np.asarray(row.logprob, dtype=np.float64) for row in rows])  # [M, N]
     out = np.zeros((len(rows), len(rows)))
     for i in range(len(rows)):
@@ -89,14 +99,24 @@ def kl_matrix(vectors: Sequence[LoglikVector] | Mapping[str, LoglikVector]) -> A
     return (out + out.T) / (2 * unit)
 
 
-def nll_gap(target: LoglikVector, base: LoglikVector) -> float:
-    """Mean log-likelihood of the target minus the base's, in bits per byte: the uniform shift that eq. (2) does not see."""
-    _comparable(target, base)
+def nll_gap(target: LoglikVector, base: LoglikVector, *, allow_differences: bool = False) -> float:
+    """Mean log-likelihood of the target minus the base's, in bits per byte: the uniform shift that eq. (2) does not see.
+
+    Args, Raises: as `kl`.
+    """
+    _same_texts(target, base)
+    check_comparable((target, base), allow=allow_differences)
     return float((np.sum(target.logprob) - np.sum(base.logprob)) / (np.sum(target.n_bytes) * math.log(2)))
 
 
 def true_kl(
-    target: Any, base: Any, evalset: Any, *, by_domain: bool = False, batch_tokens: int = 16384
+    target: Any,
+    base: Any,
+    evalset: Any,
+    *,
+    by_domain: bool = False,
+    batch_tokens: int = 16384,
+    allow_differences: bool = False,
 ) -> float | dict[str, float]:
     """True token-level KL(target || base) on the evaluation texts, in bits per byte.
 
@@ -107,13 +127,14 @@ def true_kl(
         target, base: whatever `score` accepts (LanguageModel, checkpoint folder, model id).
         evalset: EvalSet or its path.
         by_domain: return {domain: bits per byte} instead of the corpus value.
+        allow_differences: do not warn of models that compute in different dtypes.
 
     Raises:
-        InputError: the tokenizers differ (the message names both).
+        InputError: the tokenizers or the first-token rules differ (the message names both models).
     """
     from lldfast.measure.score import token_kl
 
-    nats, evaluated = token_kl(target, base, evalset, batch_tokens=batch_tokens)
+    nats, evaluated = token_kl(target, base, evalset, batch_tokens=batch_tokens, allow_differences=allow_differences)
     n_bytes = np.asarray(evaluated.n_bytes, dtype=np.float64)
     if not by_domain:
         return float(nats.sum() / (n_bytes.sum() * math.log(2)))

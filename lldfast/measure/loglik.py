@@ -18,6 +18,7 @@ import numpy.typing as npt
 from lldfast.data.evalset import PARTS
 from lldfast.errors import CorruptError, InputError, renamed_arguments
 from lldfast.files import atomic_path
+from lldfast.measure.comparable import check_comparable
 from lldfast.weights.bootstrap import bootstrap_deltas
 
 FORMAT = "lldfast-loglik"
@@ -43,7 +44,7 @@ class LoglikVector:
 
     logprob: nats per text, fp64 [N]. domain, part: object arrays [N]. n_tokens: scored tokens of this model's tokenizer.
     n_bytes: UTF-8 bytes. text_hash: XXH3-64 of each text, by which vectors are matched. meta: model identity, tokenizer_hash,
-    evalset_hash, bos, versions.
+    evalset_hash, bos, versions; of other programs also sum_dtype, where their log-probabilities are not summed in fp32.
     """
 
     logprob: Floats
@@ -146,23 +147,32 @@ class LoglikVector:
 
 @renamed_arguments(normalize="per")
 def delta(
-    target: LoglikVector, base: LoglikVector, per: str = "base_tokens", bootstrap: int = 0, seed: int = 0
+    target: LoglikVector,
+    base: LoglikVector,
+    per: str = "base_tokens",
+    bootstrap: int = 0,
+    seed: int = 0,
+    *,
+    allow_differences: bool = False,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Delta of eq. (4): target minus base by domain, both divided by the same counts (the base's tokens by default).
 
     Args:
         per: "base_tokens", "bytes" or "texts": what a domain's sum is divided by.
         bootstrap: number of resamplings of the texts of each domain (`bootstrap_deltas`); 0: the second result is empty.
+        allow_differences: neither warn of vectors that were not scored alike (`measure.comparable`) nor refuse them.
 
     Returns:
         {domain: nats per token, byte or text} and {domain: bootstrap standard error} (nan for a domain of one text).
 
     Raises:
-        InputError: the vectors are of different texts; a domain without tokens.
+        InputError: the vectors are of different texts; a domain without tokens; the two are nearer in eq. (2) than what the way
+            they were scored makes alone.
     """
     check_same_texts(target, base)
     if bootstrap < 0:
         raise InputError(f"bootstrap must be 0 or more, got {bootstrap}")
+    check_comparable((target, base), allow=allow_differences, stacklevel=4)  # the decorator of old names is between
     difference = target.logprob - base.logprob
     counts = counts_per(base, per)
     found = _ratios(difference, counts, base.domain)

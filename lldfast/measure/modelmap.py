@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lldfast.errors import InputError, MissingDependencyError
+from lldfast.measure.comparable import check_comparable
 from lldfast.measure.loglik import LoglikVector, check_same_texts
 
 
@@ -105,6 +106,7 @@ def model_map(
     mean_bytes: float | None = None,
     perplexity: float | None = None,
     seed: int = 0,
+    allow_differences: bool = False,
 ) -> ModelMap:
     """Place models in the plane by their double-centred log-likelihood vectors (eq. (1)-(2)).
 
@@ -116,10 +118,12 @@ def model_map(
             (needs scikit-learn: neighbourhoods are kept, large distances mean nothing).
         mean_bytes: mean UTF-8 bytes per text. When given, squared PCA distances are in bits per byte, not in nats per text.
         perplexity: t-SNE's; by default a third of the models, at most 30.
+        allow_differences: neither warn of vectors that were not scored alike (`measure.comparable`) nor refuse them.
         seed: t-SNE's random state. PCA is deterministic; the sign of each axis is fixed by its largest coordinate.
 
     Raises:
-        InputError: shapes or values are wrong, an unknown method, or too few models for t-SNE.
+        InputError: shapes or values are wrong, an unknown method, too few models for t-SNE, or two models are nearer than what
+            the way they were scored makes alone.
         MissingDependencyError: method "tsne" without scikit-learn.
     """
     if method not in ("pca", "tsne"):
@@ -129,6 +133,8 @@ def model_map(
     if steps is not None and len(steps) != len(names):
         raise InputError(f"model map: {len(steps)} steps for {len(names)} names")
     loglik = stack(vectors, names)
+    known = [(vector, name) for vector, name in zip(vectors, names, strict=True) if isinstance(vector, LoglikVector)]
+    check_comparable([vector for vector, _ in known], [name for _, name in known], allow=allow_differences)
     order = np.array([-1 if step is None else int(step) for step in steps or [None] * len(names)], dtype=np.int64)
     scale = 2.0 * loglik.shape[1] * (mean_bytes * math.log(2.0) if mean_bytes else 1.0)
     scores, explained = _pca(double_centre(loglik) / math.sqrt(scale))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from lldfast.backends import versions
 from lldfast.data.evalset import EvalSet
-from lldfast.errors import InputError
+from lldfast.errors import ComparisonWarning, InputError
+from lldfast.measure.comparable import MEASURED_ON, compare_conditions
 from lldfast.measure.loglik import Floats, LoglikVector
 from lldfast.models.batches import IGNORE, SegmentBatch, batches, evaluating, layer_tokens, segment_sums
 from lldfast.models.gpt import GPT
@@ -81,6 +83,7 @@ def score(
         "overlap": overlap,
         "amp_dtype": amp_dtype,
         "precision": precision,
+        "batch_tokens": batch_tokens,
         "versions": versions(),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -94,11 +97,15 @@ def token_kl(
     evalset: EvalSet | str | os.PathLike[str],
     *,
     batch_tokens: int = 16_384,
+    allow_differences: bool = False,
 ) -> tuple[Floats, EvalSet]:
     """True KL(target || base) over next tokens, summed over each text's positions: (nats [N], the evaluation set).
 
     Both models see the same windows, of the shorter context. Ids that only one head has (padding) are left out and the
     distributions renormalised; that must leave the whole tokenizer's vocabulary.
+
+    Args:
+        allow_differences: do not warn of models that compute in different dtypes.
 
     Raises:
         InputError: the tokenizers or first-token rules differ, or a head is smaller than the vocabulary.
@@ -109,6 +116,11 @@ def token_kl(
         raise InputError(f"true KL needs one tokenizer, but {a.name} has {a.tokenizer.name} and {b.name} has {b.tokenizer.name}")
     if (a.bos, a.bos_id) != (b.bos, b.bos_id):
         raise InputError(f"true KL needs one first-token rule, but {a.name} has bos={a.bos!r} and {b.name} has bos={b.bos!r}")
+    if not allow_differences:
+        of_a, of_b = ({"model": {"dtype": str(next(lm.module.parameters()).dtype)}} for lm in (a, b))
+        for difference in compare_conditions(of_a, of_b):
+            floor = f"; for that alone eq. (2) is {difference.floor:g} nats per text ({MEASURED_ON})" if difference.floor else ""
+            warnings.warn(f"{a.name} and {b.name}: {difference.sentence}{floor}", ComparisonWarning, stacklevel=3)
     vocab = min(a.vocab_size, b.vocab_size)
     if vocab < a.tokenizer.vocab_size:
         raise InputError(f"a head of {vocab} ids does not cover the {a.tokenizer.vocab_size} ids of tokenizer {a.tokenizer.name}")

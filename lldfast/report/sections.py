@@ -289,7 +289,9 @@ def add_map(section: Section, view: View, method: str = "pca") -> None:
         section.body.append(absent("Model map", "no log-likelihood file of a checkpoint is there"))
         return
     try:
-        points = model_map(vectors, names, steps, method=method, mean_bytes=float(np.mean(target.n_bytes)))
+        points = model_map(
+            vectors, names, steps, method=method, mean_bytes=float(np.mean(target.n_bytes)), allow_differences=True
+        )
     except (InputError, MissingDependencyError) as error:
         section.body.append(absent("Model map", str(error)))
         return

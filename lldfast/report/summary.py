@@ -42,6 +42,7 @@ def summarise(path: str | Path) -> dict[str, Any]:
     if not isinstance(experiment, dict) or not isinstance(experiment.get("methods"), list) or "ground_truth" not in experiment:
         raise CorruptError(f"{run.experiment} is not what a run writes: methods or ground_truth is missing")
     rows, base_row, unstable = [], None, []
+    unlike: list[str] = []
     for name in experiment["methods"]:
         folder = run.method(name)
         if not folder.finished:
@@ -63,13 +64,27 @@ def summarise(path: str | Path) -> dict[str, Any]:
         }
         rows.append(row)
         unstable += instability(name, log)
+        unlike = unlike or not_scored_alike(result)
         first = next(iter(read_jsonl(folder.metrics)), None)
         if base_row is None and first is not None and first["step"] == 0:
             base_row = {**dict.fromkeys(row), **first, "method": "base (step 0)", "weight_kl": None}
-            base_row.pop("loglik", None)
-    summary = {"rows": rows, "base_row": base_row, "warnings": disagreements(rows) + unstable}
+            for of_one_step in ("loglik", "conditions"):
+                base_row.pop(of_one_step, None)
+    summary = {"rows": rows, "base_row": base_row, "warnings": unlike + disagreements(rows) + unstable}
     write_json(run.summary, summary)
     return summary
+
+
+def not_scored_alike(result: dict[str, Any]) -> list[str]:
+    """A sentence when target and base were scored in different ways, with what that alone is worth in the unit of eq. (2)."""
+    conditions = result.get("conditions")
+    if not conditions:
+        return []
+    parts = []
+    for difference in conditions:
+        floor = "" if difference["floor"] is None else f" ({difference['floor']:g} nats per text for that alone)"
+        parts.append(difference["sentence"] + floor)
+    return [f"target and base were not scored alike: {'; '.join(parts)}; distances below that are not between models"]
 
 
 def disagreements(rows: list[dict[str, Any]]) -> list[str]:

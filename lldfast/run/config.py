@@ -175,11 +175,14 @@ class MeasureConfig:
         times: about how many.
         true_kl: the token-level KL too, where target and base share a tokenizer.
         batch_tokens: most tokens of an evaluation batch.
+        allow_differences: go on with a target whose scores were not made as the base's are, also where it is nearer than what
+            that makes alone.
     """
 
     times: int = 20
     true_kl: bool = True
     batch_tokens: int = 16_384
+    allow_differences: bool = False
 
 
 @dataclass

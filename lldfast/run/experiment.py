@@ -19,7 +19,7 @@ from lldfast.data.making.prepare import prepare
 from lldfast.data.shards import TokenShards
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.distill.cache import TeacherCache
-from lldfast.errors import InputError
+from lldfast.errors import InputError, listed
 from lldfast.measure.loglik import LoglikVector
 from lldfast.measure.score import score
 from lldfast.models.gpt import GPT, PRESETS, GPTConfig, read_gpt_json
@@ -27,6 +27,16 @@ from lldfast.models.language_model import LanguageModel
 from lldfast.models.loading import load_model
 from lldfast.run.config import Config
 from lldfast.run.folder import RunFolder
+from lldfast.run.inputs import (
+    Inputs,
+    check_inputs,
+    digest,
+    recipe_digest,
+    scored_differently,
+    stored_inputs,
+    teacher_digest,
+    weights_digest,
+)
 from lldfast.run.place import Place, resolve_location
 from lldfast.terminal import note
 from lldfast.weights.file import load_weights
@@ -42,6 +52,8 @@ class Experiment:
         target_model: the target itself, only where the true KL can be measured.
         target_identity, base_identity: for provenance.
         ground_truth: the mixture that the target was trained on, where it is known.
+        inputs: hashes of what the configuration names (run/inputs.py); the teacher's once it is open.
+        compared: whether the conditions under which target and base are scored have been compared.
     """
 
     config: Config
@@ -55,6 +67,8 @@ class Experiment:
     target_model: LanguageModel | None = None
     target_identity: dict[str, Any] | None = None
     ground_truth: dict[str, float] | None = None
+    inputs: Inputs = dataclasses.field(default_factory=dict)
+    compared: bool = False
     _teacher: LanguageModel | TeacherCache | None = None
 
     @classmethod
@@ -62,7 +76,8 @@ class Experiment:
         """Prepare or open the data and score the target, once. The caller holds the folder's lock.
 
         Raises:
-            InputError: the folder belongs to another configuration, tokenizers differ, a domain lacks evaluation texts.
+            InputError: the folder belongs to another configuration or to other inputs, tokenizers differ, a domain lacks
+                evaluation texts.
         """
         folder = RunFolder(config.out)
         folder.check_same(config)
@@ -77,8 +92,31 @@ class Experiment:
         if config.target.model:
             exp._score_target(config.target.model)
         exp.base_identity = exp._describe_base()
+        exp._keep_inputs()
         exp._warn_small_domains()
         return exp
+
+    def _keep_inputs(self) -> None:
+        """Hash what the configuration names, and refuse what is not what the folder's results were made from."""
+        config = self.config
+        found: Inputs = {"corpus": self.shards.corpus_hash, "evalset": self.evalset.hash}
+        if config.model.init is not None:
+            found["base"] = digest([self.base_identity["hash"], self.base_identity["config"]])
+        if self.target_identity is not None:
+            found["target"] = digest([self.target_identity["hash"], self.target_identity["tokenizer"]["hash"]])
+        files = {"target.weights": config.target.weights, "lld.weights": config.lld.weights}
+        files["lld.prior"] = None if config.lld.prior in ("uniform", "proportional") else config.lld.prior
+        # one that is missing is told by the method that needs it
+        found |= {
+            key: weights_digest(resolve_location(path))
+            for key, path in files.items()
+            if path and Path(resolve_location(path)).is_file()
+        }
+        if config.lld.pass1 and Path(config.lld.pass1).is_file():
+            found["lld.pass1"] = recipe_digest(config.lld.pass1)
+        stored = stored_inputs(self.folder)
+        check_inputs(self.folder, stored, found)
+        self.inputs = stored | found
 
     def _score_target(self, model: str) -> None:
         t = self.config.target
@@ -142,11 +180,14 @@ class Experiment:
         """The teacher of the distilled methods, opened once: the target unless the configuration names another.
 
         Raises:
-            InputError: another tokenizer than the data's (both are named), a context shorter than the student's, or a cache of
-                other data.
+            InputError: another tokenizer than the data's (both are named), a context shorter than the student's, a cache of
+                other data, or another teacher than that of the folder's distilled methods.
         """
         if self._teacher is None:
-            self._teacher = self._open_teacher()  # kept once it has been checked, never before
+            teacher = self._open_teacher()  # kept once it has been checked, never before
+            found = {"teacher": teacher_digest(teacher)}
+            check_inputs(self.folder, self.inputs, found)
+            self._teacher, self.inputs = teacher, self.inputs | found
         return self._teacher
 
     def _open_teacher(self) -> LanguageModel | TeacherCache:
@@ -188,8 +229,8 @@ class Experiment:
         counts = self.evalset.select("estimate").counts()
         few = {name: n for name, n in counts.items() if n < self.config.lld.min_texts}
         if few:
-            listed = ", ".join(f"{name} ({n})" for name, n in few.items())
-            warning = f"few texts to estimate Delta on: {listed}; read their standard errors before their weights"
+            names = listed(f"{name} ({n})" for name, n in few.items())
+            warning = f"few texts to estimate Delta on: {names}; read their standard errors before their weights"
             print(f"warning: {warning}", file=sys.stderr)
 
 
@@ -208,7 +249,7 @@ def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:
     shards = TokenShards(folder)
     folder = shards.path.parent  # data.path may name the folder or its shards
     if d.domains is not None and d.path is not None and set(d.domains) != set(shards.domains):
-        raise InputError(f"data.domains names {sorted(d.domains)}, {folder} holds {sorted(shards.domains)}")
+        raise InputError(f"data.domains names {listed(sorted(d.domains))}; {folder} holds {listed(sorted(shards.domains))}")
     evalset = EvalSet.load(folder / "eval.parquet")
     for name in shards.domains:
         for part in ("estimate", "measure"):
@@ -221,14 +262,18 @@ def open_data(config: Config) -> tuple[TokenShards, EvalSet, Tokenizer]:
 
 
 def score_target(folder: RunFolder, model: LanguageModel, evalset: EvalSet, config: Config) -> LoglikVector:
-    """l(target) on the whole evaluation corpus, from the folder when the same model scored the same texts there."""
+    """l(target) on the whole evaluation corpus, from the folder when the same model scored the same texts there.
+
+    Raises:
+        InputError: the folder's scores are of another target, other texts, or were made in another way.
+    """
     path = folder.target
     if path.exists():
         stored = LoglikVector.load(path)
-        same_model = stored.meta.get("model", {}).get("hash") == model.identity.get("hash")
-        if same_model and stored.meta.get("evalset_hash") == evalset.hash:
+        differs = scored_differently(stored, model, evalset.hash)
+        if differs is None:
             return stored
-        raise InputError(f"{path} was scored with another target or other texts; use another --out")
+        raise InputError(f"{path} was scored with another target or other texts: {differs}; use another --out")
     vector = score(model, evalset, batch_tokens=config.measure.batch_tokens, progress=config.log.progress)
     vector.save(path)
     return vector

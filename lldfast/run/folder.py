@@ -16,7 +16,7 @@ from lldfast.run.parsing import with_defaults
 from lldfast.weights.recompute import REPLICATES
 
 # Configuration that may change between two calls on one run folder without making its results incomparable.
-FREE_SETTINGS = ("out", "methods", "log", "recipe")
+FREE_SETTINGS = ("out", "methods", "log", "recipe", "measure.allow_differences")
 
 
 class MethodFolder:
@@ -129,13 +129,18 @@ class RunFolder:
         before = read_json(self.experiment)["methods"] if self.experiment.exists() else []
         return [name for name in before if name not in names and self.method(name).finished] + names
 
+    @property
+    def trained(self) -> bool:
+        """A method has begun here."""
+        return any(self.path.glob("methods/*/*"))
+
     def check_same(self, config: Config) -> None:
         """Refuse to mix two configurations in one folder.
 
         Raises:
             InputError: naming the first setting that differs.
         """
-        trained = any(self.path.glob("methods/*/*"))
+        trained = self.trained
         if not self.config.exists() or not (self.target.exists() or trained):
             return  # a start that failed before any result binds nobody
         before = _flatten(with_defaults(yaml.safe_load(self.config.read_text(encoding="utf-8"))))
@@ -144,7 +149,7 @@ class RunFolder:
             section, was, is_now = key.split(".")[0], before.get(key), now.get(key)
             if not trained and section not in ("data", "target"):
                 continue  # nothing but the target's scores is there: they depend on no other setting
-            if section not in FREE_SETTINGS and was != is_now:
+            if section not in FREE_SETTINGS and key not in FREE_SETTINGS and was != is_now:
                 raise InputError(f"{self} was made with {key} = {was!r}, now it is {is_now!r}: use another --out")
 
     def write_config(self, config: Config) -> None:

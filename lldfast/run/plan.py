@@ -181,6 +181,7 @@ def make_controller(exp: Experiment, method: Method) -> LLDController:
         seed=config.seed,
         batch_tokens=config.measure.batch_tokens,
         gram_options=config.gram.keywords(),
+        allow_differences=True,  # measure tells them, once for all methods
     )
 
 

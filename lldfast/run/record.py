@@ -61,6 +61,7 @@ def describe(exp: Experiment, methods: Sequence[Method]) -> dict[str, Any]:
             "mean_bytes": float(np.mean(exp.evalset.n_bytes)),
             "sources": None if prepared is None else read_json(prepared)["arguments"]["inputs"],
         },
+        "inputs": exp.inputs,  # with the teacher, which taught_by has opened where one is still needed
         "ground_truth": exp.ground_truth,
         "shared_tokenizer": exp.target_model is not None,
         "delta_normalize": config.lld.per,

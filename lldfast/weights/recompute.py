@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lldfast.errors import CorruptError, InputError, naming
+from lldfast.errors import CorruptError, InputError, listed, naming
 from lldfast.weights.disclosure import disclosure
 from lldfast.weights.file import Named, Stage, WeightsFile
 from lldfast.weights.recipe import aggregation, combine, default_step_weights, recipe_errors
@@ -55,7 +55,7 @@ def recompute(
     if steps is not None:
         unknown = sorted(set(steps) - set(at))
         if unknown:
-            raise InputError(f"{path}: no estimate at step {unknown[0]}; there are estimates at {at}")
+            raise InputError(f"{path}: no estimate at step {unknown[0]}; there are estimates at [{listed(at)}]")
         keep = [i for i, step in enumerate(at) if step in set(steps)]
         at, deltas = [at[i] for i in keep], deltas[keep]
         grams, estimates = [grams[i] for i in keep], [estimates[i] for i in keep]
@@ -112,7 +112,9 @@ def _replicates(path: Path, steps: Sequence[int], domains: Sequence[str]) -> Arr
         raise CorruptError(f"{path} is not a readable file of bootstrap replicates ({error})") from None
     rows = [i for i, step in enumerate(stored) if step in set(steps)]
     if len(rows) != len(steps) or len(deltas) != len(stored):
-        raise CorruptError(f"{path} does not have the steps {list(steps)} of the estimates beside it")
+        raise CorruptError(f"{path} does not have the steps [{listed(steps)}] of the estimates beside it")
     if sorted(named) != sorted(domains) or deltas.shape[-1] != len(named):
-        raise CorruptError(f"{path} has the domains {named}, the weights beside it have {list(domains)}")
+        raise CorruptError(
+            f"{path} has the domains [{listed(map(repr, named))}]; the weights beside it have [{listed(map(repr, domains))}]"
+        )
     return np.asarray(deltas[rows][:, :, [named.index(name) for name in domains]])

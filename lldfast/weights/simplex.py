@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lldfast.errors import InputError
+from lldfast.errors import InputError, listed
 
 Array = NDArray[np.float64]
 Values = Mapping[str, float] | ArrayLike
@@ -28,12 +28,12 @@ def align(values: Values, domains: Sequence[str], what: str = "values") -> Array
     if not len(domains):
         raise InputError(f"{what}: there are no domains")
     if len(set(domains)) != len(domains):
-        raise InputError(f"domains repeat a name: {list(domains)}")
+        raise InputError(f"domains repeat a name: [{listed(map(repr, domains))}]")
     if isinstance(values, Mapping):
         unknown = [name for name in values if name not in set(domains)]
         if unknown:
             close = difflib.get_close_matches(str(unknown[0]), list(domains), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; the domains are {list(domains)}"
+            hint = f"; did you mean {close[0]!r}?" if close else f"; the domains are [{listed(map(repr, domains))}]"
             raise InputError(f"{what}: unknown domain {unknown[0]!r}{hint}")
         missing = [name for name in domains if name not in values]
         if missing:
