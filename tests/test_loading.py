@@ -185,6 +185,21 @@ def test_weights_that_do_not_fit_are_named(tmp_path, llama, kind, form):
     assert str(folder) in str(error.value)
 
 
+@pytest.mark.parametrize("shape", [None, (3, 3)], ids=["missing", "shape"])
+def test_a_part_of_the_experts(tmp_path, shape):
+    """The weights of experts are stored one by one, and put together by a load."""
+    tiny("Mixtral").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    part = state.pop("model.layers.1.block_sparse_moe.experts.1.w1.weight")
+    changed = {} if shape is None else {"model.layers.1.block_sparse_moe.experts.1.w1.weight": part.new_ones(shape)}
+    save_file(state | changed, file, metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"parts of 1 weight are missing or of another shape: model.layers.1.mlp.experts.gate_up"
+    ):
+        load_model(tmp_path, tokenizer="bytes")
+
+
 def test_a_trunk_with_tied_embeddings_is_whole(tmp_path):
     model = tiny(tie_word_embeddings=True)
     folder = write(tmp_path / "model", model, lambda n: n.removeprefix("model."))

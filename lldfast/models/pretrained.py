@@ -8,6 +8,7 @@ compiler or a trainer has put around the model's are taken off where what remain
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -120,17 +121,38 @@ _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 def _plain(spec: str, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[Any, Report]:
     auto = require("transformers", "Hugging Face models need").AutoModelForCausalLM
-    found: tuple[Any, Report] = auto.from_pretrained(spec, dtype=dtype, **_REPORTED, **options)
+    with _named_conversions():
+        found: tuple[Any, Report] = auto.from_pretrained(spec, dtype=dtype, **_REPORTED, **options)
     return found
 
 
 def _renamed(blank: _Blank, files: Sequence[Path], names: Mapping[str, str], dtype: torch.dtype) -> tuple[Any, Report]:
-    with open_tensors(files) as values:
+    with open_tensors(files) as values, _named_conversions():
         renamed = {names[name]: value for name, value in values.items()}
         found: tuple[Any, Report] = type(blank.model).from_pretrained(
             None, config=blank.model.config, state_dict=renamed, dtype=dtype, **_REPORTED
         )
     return found
+
+
+@contextlib.contextmanager
+def _named_conversions() -> Iterator[None]:
+    """Name the weights that cannot be put together from the file's (those of experts are): transformers does in its log only."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    try:
+        yield
+    except RuntimeError:
+        # Rows of a table: the weight's name, what is wrong with it between the codes of a colour, and a traceback.
+        names = re.findall(r"^(\S[^|]*?) *\|[^|\n]*CONVERSION", "\n".join(said), re.MULTILINE)
+        if not names:
+            raise
+        raise InputError(f"parts of {_count(names)} are missing or of another shape: {_some(names)}") from None
+    finally:
+        logger.removeHandler(handler)
 
 
 def problems(report: Report) -> list[str]:
@@ -234,6 +256,8 @@ def explained(spec: object, failed: str = "") -> Iterator[None]:
                 f"{spec} brings Python code of its own (auto_map in config.json), which is not run unasked; read it, and pass "
                 "trust_remote_code=True to load_model to run it"
             ) from None
+        if isinstance(error, KeyError):
+            reason = f"there is no {reason}"
         raise InputError(f"{failed or f'transformers cannot load {spec} as a causal language model'}: {reason}") from error
 
 
