@@ -216,8 +216,10 @@ def test_first_token(data, tmp_path):
 
 def test_a_model_in_training_goes_on_training(data, tmp_path):
     gpt = GPT(GPTConfig(257, 257, 64, 2, 2, 32, dropout=0.5), seed=0).train()
+    gpt.blocks[0].eval()  # a part that its trainer holds still
+    modes = [part.training for part in gpt.modules()]
     write(data, tmp_path / "o", gpt, tokens=60)
-    assert gpt.training
+    assert [part.training for part in gpt.modules()] == modes
 
 
 def test_a_kill_loses_one_domain_at_most(data, made, tmp_path, monkeypatch):

@@ -181,9 +181,11 @@ def test_bfloat16_weights(tmp_path, corpus):
 
 def test_dropout_is_off_and_the_mode_comes_back(tmp_path, corpus):
     model = GPT(GPTConfig(257, 257, 64, 2, 2, 32, dropout=0.5), seed=0).train()
+    model.blocks[0].eval()  # a part that its trainer holds still
+    modes = [part.training for part in model.modules()]
     scorer = LanguageModel.from_gpt(model, BYTES)
     cache = quiet(scorer, corpus, tmp_path / "out", k=5, domains=["Prose"])
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert [part.training for part in model.modules()] == modes and all(p.grad is None for p in model.parameters())
     check_against(cache, scorer, corpus)
 
 

@@ -275,10 +275,14 @@ def load_tokenizer(spec: Any) -> Tokenizer:
     if not file.is_file():
         transformers = _require("transformers")
         try:
-            return _wrap(transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True), str(spec))
+            # Code that a tokenizer brings along is not run, and nobody is asked on the terminal whether it may be.
+            options = {"local_files_only": True, "trust_remote_code": False}
+            return _wrap(transformers.AutoTokenizer.from_pretrained(str(path), **options), str(spec))
         except LLDError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ...: all mean "no tokenizer here"
+            if "trust_remote_code=True" in str(error):
+                raise InputError(f"tokenizer {spec} brings Python code of its own, which is not run: pass tokenizer=") from None
             raise InputError(f"tokenizer {spec}: no tokenizer.json, and transformers cannot load it ({error})") from error
     # A local file is named by its last two parts: manifests and models travel, and the folders above mean nothing elsewhere.
     local = Path(spec).exists()

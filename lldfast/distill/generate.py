@@ -39,6 +39,7 @@ from lldfast.data.shards import ShardWriter, TokenShards, bad_token_error, write
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import CorruptError, InputError, listed, renamed_arguments
 from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
+from lldfast.models.batches import evaluating
 from lldfast.models.decode import choose_token, decoder_of, draw_levels
 from lldfast.models.hf_config import UNLIMITED
 from lldfast.models.language_model import LanguageModel
@@ -232,20 +233,15 @@ def _generated(
     _check_same(work, state, config)
     prompts = {name: Prompts(shards, name, sampling) for name in wanted if name not in state["domains"]}  # all errors now
     tokenizer = shards.load_tokenizer()
-    training = model.module.training
-    model.module.eval()
-    try:
-        with progress_bar("generating", sum(wanted.values()), unit=" tokens", scale=False, show=progress) as bar:
-            bar.update(sum(wanted[name] for name in state["domains"]))
-            bar.initial = bar.n  # what an earlier run did is no part of this run's speed
-            for name, of_domain in prompts.items():
-                bar.set_postfix_str(name, refresh=False)
-                with ShardWriter(work / "data" / "shards", name, shards.dtype.name) as writer:
-                    counts = _write_domain(model, of_domain, writer, tokenizer, wanted[name], batch_size, held_out, bar)
-                    state["domains"][name] = {"entry": writer.close(), "counts": counts}
-                write_json(path, state)
-    finally:
-        model.module.train(training)
+    with evaluating(model), progress_bar("generating", sum(wanted.values()), unit=" tokens", scale=False, show=progress) as bar:
+        bar.update(sum(wanted[name] for name in state["domains"]))
+        bar.initial = bar.n  # what an earlier run did is no part of this run's speed
+        for name, of_domain in prompts.items():
+            bar.set_postfix_str(name, refresh=False)
+            with ShardWriter(work / "data" / "shards", name, shards.dtype.name) as writer:
+                counts = _write_domain(model, of_domain, writer, tokenizer, wanted[name], batch_size, held_out, bar)
+                state["domains"][name] = {"entry": writer.close(), "counts": counts}
+            write_json(path, state)
     return {name: state["domains"][name] for name in wanted}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lldfast.errors import InputError
 from lldfast.models.gpt import DTYPES
 from lldfast.models.language_model import LanguageModel, Segment
+from lldfast.models.modes import evaluation_mode
 from lldfast.ops.linear_logprob import linear_logprob
 from lldfast.ops.logprob import logprob
 from lldfast.ops.segments import SegmentSums
@@ -118,15 +119,9 @@ def layer_tokens(model: LanguageModel, batch_tokens: int) -> int:
     return batch_tokens
 
 
-@contextlib.contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside, the former mode afterwards."""
-    training = model.module.training
-    model.module.eval()
-    try:
-        yield
-    finally:
-        model.module.train(training)
+def evaluating(model: LanguageModel) -> contextlib.AbstractContextManager[None]:
+    """Evaluation mode (no dropout) inside a `with` block; afterwards each submodule has the mode that it had."""
+    return evaluation_mode(model.module)
 
 
 def _autocast(model: LanguageModel, amp_dtype: str | None) -> contextlib.AbstractContextManager[Any]:

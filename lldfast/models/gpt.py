@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -23,6 +24,8 @@ from lldfast.backends import require
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path, read_json, write_json
+from lldfast.models.pretrained import load_pretrained, problems
+from lldfast.models.wrappers import plain_name, plain_names, unwrap
 from lldfast.ops.linear_logprob import linear_cross_entropy
 
 FORMAT = "lldfast-gpt"
@@ -192,7 +195,7 @@ class GPT(nn.Module):
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
         folder = Path(folder)
-        state = {name: p.detach().to("cpu", DTYPES[dtype]).contiguous() for name, p in self.state_dict().items()}
+        state = {plain_name(name): p.detach().to("cpu", DTYPES[dtype]).contiguous() for name, p in self.state_dict().items()}
         bad = [name for name, p in state.items() if not bool(torch.isfinite(p).all())]
         if bad:
             raise InputError(f"{folder}: {bad[0]} has values that are not finite in {dtype}")
@@ -237,10 +240,24 @@ class GPT(nn.Module):
             raise CorruptError(f"{file} is not the file that model.json describes (SHA-256 differs)")
         try:
             state = load_file(file)
+        except SafetensorError as error:
+            raise CorruptError(f"{file}: weights and model.json do not fit: it is no safetensors file ({error})") from None
+        try:
             model = cls(GPTConfig(**about["config"]), seed=0)
-            model.load_state_dict(state)
-        except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
-            raise CorruptError(f"{folder}: weights and model.json do not fit: {error}") from None
+        except (TypeError, InputError) as error:
+            raise CorruptError(f"{folder / 'model.json'}: its config is none of a GPT ({error})") from None
+        own = model.state_dict()
+        names = plain_names(state, own)
+        state = {names[name]: value for name, value in state.items()}
+        shapes = [(n, v.shape, own[n].shape) for n, v in state.items() if n in own and v.shape != own[n].shape]
+        faults = problems({"missing_keys": own.keys() - state, "unexpected_keys": state.keys() - own, "mismatched_keys": shapes})
+        faults += [f"the weight {n} is of {v.dtype}" for n, v in state.items() if not v.is_floating_point()]
+        if faults:
+            raise CorruptError(f"{file}: weights and model.json do not fit: {'; '.join(faults)}")
+        changed = next((name for name, plain in names.items() if name != plain), None)
+        if changed is not None:
+            warnings.warn(f"{file}: weights are named as a wrapper names them ({changed}); read without, all fit", stacklevel=2)
+        model.load_state_dict(state)
         return model.eval()
 
     @classmethod
@@ -250,12 +267,15 @@ class GPT(nn.Module):
         The vocabulary is padded to a `multiple` with zero rows.
 
         Raises:
-            InputError: not a GPT-2, or a variant that this class does not compute.
+            InputError: not a GPT-2, a variant that this class does not compute, or a folder whose weights do not fit it.
+            CorruptError: a file of the folder is truncated.
             MissingDependencyError: transformers is not installed and `source` is not a model.
         """
         hf = source
         if isinstance(source, (str, os.PathLike)):
-            hf = require("transformers", "GPT-2 conversion needs").GPT2LMHeadModel.from_pretrained(str(source))
+            hf = load_pretrained(os.fspath(source), torch.float32)
+        elif isinstance(source, nn.Module):
+            hf = unwrap(source)
         c: Any = getattr(hf, "config", None)
         if getattr(c, "model_type", None) != "gpt2" or not hasattr(hf, "transformer"):
             raise InputError(f"from_hf needs a GPT2LMHeadModel, not {type(hf).__name__}")
@@ -266,6 +286,7 @@ class GPT(nn.Module):
             "scale_attn_by_inverse_layer_idx": (False,),
             "n_inner": (None, 4 * c.n_embd),
             "tie_word_embeddings": (True,),
+            "add_cross_attention": (False,),
         }
         for name, allowed in expected.items():
             if getattr(c, name, allowed[0]) not in allowed:
@@ -274,6 +295,9 @@ class GPT(nn.Module):
         config = GPTConfig(padded, c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd, dropout, True)
         model = cls(config, seed=0)
         theirs = hf.state_dict()
+        # Two matrices that differ stay apart in transformers, whatever the configuration says.
+        if not torch.equal(theirs["lm_head.weight"], theirs["transformer.wte.weight"]):
+            raise InputError("from_hf: this GPT-2 has a head of its own, not tied to its token embedding")
         with torch.no_grad():
             for name, p in model.named_parameters():
                 value = theirs[_hf_name(name)]

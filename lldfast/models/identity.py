@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import xxhash
+
+from lldfast.models.checkpoint_files import weight_files
+from lldfast.models.wrappers import plain_name
 
 
 def card_licence(folder: Path) -> str | None:
@@ -27,10 +29,10 @@ def card_licence(folder: Path) -> str | None:
 
 
 def parameter_hash(module: nn.Module) -> str:
-    """XXH3-128 (hex) over names and fp32 values of the parameters."""
+    """XXH3-128 (hex) over names and fp32 values of the parameters; layers that are wrapped have the names of plain ones."""
     digest = xxhash.xxh3_128()
     for name, p in module.named_parameters():
-        digest.update(name.encode())
+        digest.update(plain_name(name).encode())
         digest.update(p.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -46,9 +48,19 @@ def file_hash(*files: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_hash(folder: Path) -> str:
-    """XXH3-128 over the weight files and config.json of a Hugging Face folder."""
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not weights:
-        warnings.warn(f"{folder} has no weight files to hash; its identity covers config.json only", stacklevel=2)
-    return file_hash(folder / "config.json", *weights)
+def folder_hash(folder: Path, *extra: Path) -> str:
+    """XXH3-128 over config.json and the weight files that a load of a Hugging Face folder takes, and no others.
+
+    Args:
+        extra: more files that the model is loaded from.
+
+    Raises:
+        InputError: the folder has no weights.
+        CorruptError: its index of weights is none.
+    """
+    return file_hash(folder / "config.json", *weight_files(folder), *extra)
+
+
+def joint_hash(*hashes: str) -> str:
+    """XXH3-128 (hex) of several hashes, in order."""
+    return xxhash.xxh3_128(" ".join(hashes).encode()).hexdigest()
