@@ -8,16 +8,71 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lldfast.errors import BusyError, CorruptError, InputError, WriteError
+
+# Of 255 bytes, which most file systems allow, a dozen stay for the endings that are put behind a stem.
+LONGEST_STEM = 240
+# Windows opens a device under these names, whatever follows their first dot.
+_DEVICES = re.compile(r"(?:CON|PRN|AUX|NUL|(?:COM|LPT)[0-9])(?= *(?:\.|$))", re.IGNORECASE)
+_UNSAFE = re.compile(r"[^A-Za-z0-9 ._()&+,-]|^[ .-]|[ .]$")
+
+
+def file_stem(name: str) -> str:
+    """The file name, without an ending, that stands for any name on every system: ASCII, at most `LONGEST_STEM` characters.
+
+    Letters, digits and ` ._()&+,-` stay. All else, a first blank, dot or dash, a last blank or dot, and the first letter of
+    a Windows device's name is written as %XX of its UTF-8 bytes, so that `urllib.parse.unquote` gives the name back. What
+    would be too long is cut and ends in "%~" and a hash of the name, which then must be kept elsewhere.
+
+    Raises:
+        InputError: the name is empty or not valid Unicode.
+    """
+    if not name:
+        raise InputError("an empty name cannot be the name of a file")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name {name!r:.100} is not valid Unicode ({error.reason} at character {error.start})") from None
+    stem = _UNSAFE.sub(_escaped, name)
+    if _DEVICES.match(stem):
+        stem = f"%{ord(stem[0]):02X}{stem[1:]}"
+    return stem if len(stem) <= LONGEST_STEM else _with_hash(stem, name)
+
+
+def file_stems(names: Iterable[str]) -> dict[str, str]:
+    """`file_stem` of each name, no two of which a file system without upper and lower case would take for one.
+
+    Of names that differ in case alone the first in sorted order keeps its stem; the others get "%~" and their hash.
+
+    Raises:
+        InputError: a name is empty or not valid Unicode.
+    """
+    stems, taken = {}, set()
+    for name in sorted(set(names)):
+        stem = file_stem(name)
+        stems[name] = _with_hash(stem, name) if stem.lower() in taken else stem
+        taken.add(stems[name].lower())
+    return stems
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in match[0].encode())
+
+
+def _with_hash(stem: str, name: str) -> str:
+    ending = f"%~{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+    return re.sub(r"%[0-9A-F]?$", "", stem[: LONGEST_STEM - len(ending)]) + ending  # no half of an escape
 
 
 @contextlib.contextmanager

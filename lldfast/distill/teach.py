@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lldfast.data.shards import TokenShards, bad_token_error
-from lldfast.distill.cache import CACHE, PROGRESS, CacheSpec, CacheWriter, TeacherCache, as_json, part_file
+from lldfast.distill.cache import CACHE, PROGRESS, CacheSpec, CacheWriter, TeacherCache, as_json
 from lldfast.errors import InputError, listed
 from lldfast.files import folder_lock
 from lldfast.models.batches import evaluating, layer_tokens
@@ -118,7 +118,6 @@ def _windows(shards: TokenShards, block_size: int, domains: Iterable[str] | None
         raise InputError(f"{shards.path} has no domain {unknown[0]!r}; it has: {listed(shards.domains)}")
     found = {}
     for domain in (name for name in shards.domains if name in wanted):
-        part_file(domain, "ids")  # its name fits a file: told now, not after hours
         n = shards.n_tokens[domain] // block_size
         found[domain] = n if max_windows is None else min(n, int(max_windows))
     if not any(found.values()):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from lldfast.backends import pick_device
 from lldfast.data.evalset import EvalSet
-from lldfast.data.tokenizer import Tokenizer
+from lldfast.data.tokenizer import TextError, Tokenizer
 from lldfast.errors import InputError
 from lldfast.models.gpt import GPT
 from lldfast.models.head import Head, take_apart
@@ -183,14 +182,15 @@ class LanguageModel:
             overlap: input tokens that a window repeats from the one before, as context only.
 
         Raises:
-            InputError: a token is outside the model's vocabulary (text and domain named), or overlap does not fit the context.
+            InputError: the tokenizer refuses a text or gives a token outside the model's vocabulary (text and domain named), or
+                overlap does not fit the context.
         """
         if not 0 <= overlap < self.context_length:
             raise InputError(f"overlap={overlap} must be in [0, {self.context_length}), the context length of {self.name}")
         key = (evalset.hash, self.bos, self.context_length, overlap)
         if key not in self.tokenized:
             segments: list[Segment] = []
-            for i, ids in enumerate(self._encode(evalset.texts)):
+            for i, ids in enumerate(self._encode(evalset)):
                 if len(ids) and int(ids.max()) >= self.vocab_size:
                     raise InputError(
                         f"{self.name}: text {i} (domain {evalset.domain[i]}) has token {int(ids.max())}, outside the vocabulary "
@@ -203,14 +203,15 @@ class LanguageModel:
         self.tokenized.move_to_end(key)
         return self.tokenized[key]
 
-    def _encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+    def _encode(self, evalset: EvalSet) -> list[npt.NDArray[np.int64]]:
         """Ids of each text with what goes before it."""
-        if self.bos == "native":
-            backend = getattr(self.tokenizer, "backend", None)
-            if backend is not None:
-                return [np.asarray(_native_ids(backend, text), np.int64) for text in texts]
+        encode = self.tokenizer.encode_batch_native if self.bos == "native" else self.tokenizer.encode_batch
+        try:
+            found = encode(evalset.texts)
+        except TextError as error:
+            raise InputError(f"{self.name}: text {error.index} (domain {evalset.domain[error.index]}): {error}") from error
         prefix = np.array([] if self.bos_id is None else [self.bos_id], np.int64)
-        return [np.concatenate((prefix, ids.astype(np.int64))) for ids in self.tokenizer.encode_batch(texts)]
+        return [np.concatenate((prefix, ids.astype(np.int64))) for ids in found]
 
 
 def windows(text: int, ids: npt.NDArray[np.int64], context: int, overlap: int) -> list[Segment]:
@@ -221,9 +222,3 @@ def windows(text: int, ids: npt.NDArray[np.int64], context: int, overlap: int) -
         segments.append(Segment(text, ids[start : end + 1], scored - start))
         scored, start = end, end - overlap
     return segments
-
-
-def _native_ids(backend: Any, text: str) -> list[int]:
-    if hasattr(backend, "encode_special_tokens"):
-        return list(backend.encode(text, add_special_tokens=True).ids)
-    return list(backend(text, split_special_tokens=True)["input_ids"])

@@ -23,7 +23,7 @@ import xxhash
 
 from lldfast.data.making.evalplan import EvalPlan, Unit, boundary, digest_of, texts_of
 from lldfast.data.making.sources import Document, Place, Source
-from lldfast.data.tokenizer import Ids, Tokenizer
+from lldfast.data.tokenizer import Ids, TextError, Tokenizer
 from lldfast.errors import CorruptError, InputError
 from lldfast.files import atomic_path
 
@@ -113,7 +113,7 @@ def encode(
     `on_progress` hears (bytes, tokens) of every document; on resume first (bytes done, 0).
 
     Raises:
-        InputError: the source is not what was planned for.
+        InputError: the source is not what was planned for, or the tokenizer refuses a text (file and line named).
     """
     parts: list[Path] = []
     state = State()
@@ -125,7 +125,7 @@ def encode(
     on_progress(state.n_bytes, 0)
     with ThreadPoolExecutor(workers) as pool:
         rows = ((d, *pieces_of(d, plan)) for d in source.documents(state.place))
-        stream = encoded((Row(*row) for row in rows), tokenizer, pool, ahead=2 * workers + 2)
+        stream = encoded((Row(*row) for row in rows), tokenizer, pool, source.where, ahead=2 * workers + 2)
         try:
             while not state.complete:
                 part = _collect(stream, state, plan, seed, token_dtype(tokenizer), on_progress)
@@ -162,13 +162,23 @@ def pieces_of(document: Document, plan: EvalPlan) -> tuple[int, list[Piece]]:
     return len(raw), pieces
 
 
-def encoded(rows: Iterable[Row], tokenizer: Tokenizer, pool: ThreadPoolExecutor, ahead: int) -> Iterator[EncodedRow]:
-    """Each row with the ids of its pieces, in order, while `pool` works on the next `ahead` groups."""
+def encoded(
+    rows: Iterable[Row], tokenizer: Tokenizer, pool: ThreadPoolExecutor, where: Callable[[Place], str], ahead: int
+) -> Iterator[EncodedRow]:
+    """Each row with the ids of its pieces, in order, while `pool` works on the next `ahead` groups.
+
+    Raises:
+        InputError: a text that the tokenizer refuses; `where` names its place.
+    """
     pending: deque[tuple[list[Row], Future[list[Ids]]]] = deque()
 
     def oldest() -> Iterator[EncodedRow]:
         group, future = pending.popleft()
-        ids = iter(future.result())
+        try:
+            ids = iter(future.result())
+        except TextError as error:
+            row = [row for row in group for _ in row.pieces][error.index]
+            raise InputError(f"{where(row.document.place)} (domain {row.document.domain!r}): {error}") from error
         for row in group:
             yield row, [next(ids) for _ in row.pieces]
 

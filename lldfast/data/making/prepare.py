@@ -34,10 +34,10 @@ from lldfast.data.making.encode import Part, encode, token_dtype, token_hash
 from lldfast.data.making.evalplan import EvalPlan, make_plan
 from lldfast.data.making.options import PrepareOptions
 from lldfast.data.making.sources import Source
-from lldfast.data.shards import ShardWriter, TokenShards, check_domain_name, write_manifest
+from lldfast.data.shards import ShardWriter, TokenShards, write_manifest
 from lldfast.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_manifest, train_bpe
 from lldfast.errors import CorruptError, InputError
-from lldfast.files import explain_write_errors, folder_lock, fsync_folder, read_json, write_json
+from lldfast.files import explain_write_errors, file_stems, folder_lock, fsync_folder, read_json, write_json
 from lldfast.terminal import note, progress_bar
 
 BPE_BYTES, MOST_BPE_BYTES = 8 << 10, 64 << 20  # text a BPE is trained on: per token of its vocabulary, and at most
@@ -163,7 +163,8 @@ def made_together(shards: TokenShards) -> tuple[dict[str, Any], EvalSet]:
 def verify(path: str | os.PathLike[str]) -> None:
     """Check a data folder from end to end; every byte is read.
 
-    Shards: sizes, checksums, offsets, ids, end-of-text tokens. Evaluation corpus: its hash, sizes, both parts of every
+    Shards: sizes, checksums, offsets, ids, one end-of-text token a document, at its end, and no other control token, save
+    where a model wrote the documents. Evaluation corpus: its hash, sizes, both parts of every
     domain, parts that share no document, and no held-out document among the training tokens.
 
     Raises:
@@ -175,7 +176,9 @@ def verify(path: str | os.PathLike[str]) -> None:
     shards.verify()
     record, evalset = made_together(shards)
     file = folder / "eval.parquet"
-    tokenizer_from_manifest(shards.tokenizer, folder)
+    tokenizer = tokenizer_from_manifest(shards.tokenizer, folder)
+    if shards.control is None and not record.get("arguments", {}).get("generated"):
+        shards.check_documents(tokenizer.control)
     if evalset.domains != shards.domains:
         raise CorruptError(f"{file} has the domains {evalset.domains}, the shards {shards.domains}")
     if evalset.n_bytes.max() > evalplan.CHUNK_BYTES:
@@ -244,8 +247,6 @@ def _plan(source: Source, work: Path, stamps: Any, options: PrepareOptions, resu
             seed=options.seed,
             on_bytes=bar.update,
         )
-    for name in plan.domains:
-        check_domain_name(name)  # now, not after the encoding
     for warning in plan.warnings if progress else ():
         note(f"warning: {warning}")
     write_json(path, {"stamps": stamps, "plan": plan.to_json()})
@@ -297,12 +298,12 @@ def _assemble(plan: EvalPlan, tokenizer: Tokenizer, parts: Sequence[Path], work:
     """Write the data folder out of the part files, inside the work folder; returns it."""
     data = work / "data"
     shutil.rmtree(data, ignore_errors=True)
-    dtype = token_dtype(tokenizer).name
+    dtype, stems = token_dtype(tokenizer).name, file_stems(plan.domains)
     texts: list[tuple[str, str, str, int]] = []
     held_out: list[str] = []
     copies: Counter[str] = Counter()
     with ExitStack() as stack:
-        writers = [stack.enter_context(ShardWriter(data / "shards", name, dtype)) for name in plan.domains]
+        writers = [stack.enter_context(ShardWriter(data / "shards", name, dtype, stems[name])) for name in plan.domains]
         for path in parts:
             part = Part.load(path)
             ends = np.cumsum(part.lengths)

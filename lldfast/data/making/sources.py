@@ -117,6 +117,11 @@ class Source:
                 else:
                     self.empty[domain] += 1
 
+    def where(self, place: Place) -> str:
+        """The file and line, or row, of the document that has this place."""
+        item = self.inputs[place[0]]
+        return f"{item.name}, {'row' if item.kind in ('parquet', 'disk', 'hub') else 'line'} {place[1]}"
+
     def _records(self, item: Input, done: int) -> Iterator[tuple[int, Any, Any]]:
         if item.kind == "builtin":
             from lldfast.data.making import builtin
