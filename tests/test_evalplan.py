@@ -1,5 +1,6 @@
 import itertools
 import random
+import re
 
 import pytest
 
@@ -36,8 +37,36 @@ def test_limits_of_a_chunk(n, sizes):
     assert [end - start for start, end in cut(b"a" * n)] == sizes
 
 
-def test_white_space_is_no_text():
-    assert cut(b" " * 1024 + b"a" * 300) == [(1024, 1324)]
+@pytest.mark.parametrize("space", [" ", "\t\r\n", "\u00a0", "\u3000", "\u2003\x1c \u2028"])
+def test_white_space_is_no_text(space):
+    raw = (space * 1024).encode()
+    raw = raw[: len(raw) // 1024 * 1024 // len(space.encode()) * len(space.encode())]
+    assert cut(raw) == []
+    assert len(cut(raw + b"a" * 1500)) in (1, 2)
+
+
+@pytest.mark.parametrize("space", [" ", "\u00a0", "\u3000", "\u2003\n"])
+@pytest.mark.parametrize("seed", range(3))
+def test_ranges_of_white_space_are_not_chosen(space, seed):
+    """A domain of a few huge documents, most of them white space: what is chosen has the texts that it is chosen for."""
+    draw = random.Random(seed)
+    texts = ["".join(draw.choice([random_text(i, 1500), space * 3000, "é" * 700]) for i in range(60)) for _ in range(3)]
+    chosen = plan_domain("d", candidates(texts), 20, 0.5, seed, set())
+    assert chosen.held_out_by == "ranges"
+    for unit in chosen.units:
+        raw = texts[unit.document].encode()
+        start, end = evalplan.boundary(raw, unit.start), evalplan.boundary(raw, unit.end)
+        found = texts_of(raw[start:end], unit, seed)
+        assert len(found) == unit.take and all(text.strip() for text in found)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_white_space_is_found_where_a_search_finds_it(seed):
+    draw = random.Random(seed)
+    kinds = ["abc ", "漢字", "ひらがな\u3000", " " * 300, "\u3000" * 84, "\u3000" * 86, "\u00a0 " * 90, "\n" * 256, "\t" * 257]
+    text = "".join(draw.choice(kinds) for _ in range(40))
+    spans = [(len(text[: m.start()].encode()), len(text[: m.end()].encode())) for m in re.finditer(r"\s+", text)]
+    assert evalplan.blank_of(text.encode()) == tuple(span for span in spans if span[1] - span[0] > 256)
 
 
 def test_the_draw_depends_on_contents_not_on_order():

@@ -116,7 +116,7 @@ def test_record(made):
     assert record["arguments"]["tokenizer"] == "bytes" and record["inputs"][0][0] == "jsonl"
     assert " ".join(record["arguments"]) == (  # the order is part of the file
         "inputs domain_field text_field tokenizer vocab_size domains eval_texts eval_per_domain estimate_share seed split config "
-        "max_documents"
+        "max_documents on_error most_skipped drop_small_domains"
     )
     for name, entry in record["domains"].items():
         assert entry["documents_read"] == sum(d == name for _, d in rows())
@@ -367,7 +367,10 @@ def test_bad_arguments(corpus, tmp_path, options, message):
 def test_bad_corpora(tmp_path):
     for documents, message in [
         ([(text("code", i, 300), "code") for i in range(40)] + [("short", "tiny")], "domain 'tiny' is too small"),
-        ([(text("code", i, 300), "code") for i in range(40)] + [(" ", "blank")], "domain 'blank' has no text"),
+        (
+            [(text("code", i, 300), "code") for i in range(40)] + [(" ", "blank")],
+            "domain 'blank' is too small .* it has no text, its documents",
+        ),
         ([], r"no documents in .*c\.jsonl"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -481,7 +484,7 @@ def test_paths_single_names_and_nothing(corpus, tmp_path, monkeypatch):
     "damage",
     [
         lambda record: [record],
-        lambda record: {**record, "version": 2},
+        lambda record: {**record, "version": 3},
         lambda record: {key: value for key, value in record.items() if key != "held_out"},
         lambda record: {**record, "domains": {}},
         lambda record: {**record, "domains": None},
@@ -499,3 +502,63 @@ def test_all_copies_of_one_document_are_too_little(tmp_path):
     inputs = write(tmp_path / "c.jsonl", [(text("code", 1, 300), "code")] * 20)
     with pytest.raises(InputError, match="domain 'code' is too small for evaluation texts"):
         prepare(inputs, tmp_path / "d", tokenizer="bytes", progress=False)
+
+
+def test_white_space_does_not_end_a_run_after_encoding(tmp_path):
+    pages = [("\u00a0" * 40_000 + text("code", i, 60), "code") for i in range(3)]
+    inputs = write(tmp_path / "c.jsonl", [*pages, *rows(20)])
+    folder = prepare(inputs, tmp_path / "d", tokenizer="bytes", eval_per_domain=4, domains=["code"], progress=False)
+    verify(folder)
+    assert all(t.strip() for t in EvalSet.load(folder / "eval.parquet").texts)
+
+
+def small_domains() -> list[tuple[str, str]]:
+    """One domain that is large enough, and one of each kind that is not."""
+    two = [(text("code", i, 300), "two twice") for i in (500, 501)]
+    return [
+        *((text("code", i, 300), "code") for i in range(40)),
+        (text("code", 99, 300), "one"),
+        ("short", "tiny"),
+        (" ", "blank"),
+        *two * 10,  # nothing would be left to train on
+    ]
+
+
+def test_all_small_domains_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("lldfast.data.making.prepare.encode", None)
+    inputs = write(tmp_path / "c.jsonl", small_domains())
+    with pytest.raises(InputError, match="4 domains are too small for evaluation texts: ") as caught:
+        prepare(inputs, tmp_path / "d", tokenizer="bytes", eval_per_domain=2, progress=False)
+    message = str(caught.value)
+    assert "'one' (1 different documents with over 256 bytes of text, of 1 (" in message
+    assert "'tiny' (0 different documents" in message and "'blank' (no text, its documents (1) are empty)" in message
+    assert "'two twice' (" in message and "A domain needs three different documents" in message
+
+
+def test_small_domains_are_left_out(tmp_path, capfd):
+    inputs = write(tmp_path / "c.jsonl", small_domains())
+    options = {"tokenizer": "bpe", "vocab_size": 270, "eval_per_domain": 2}
+    folder = prepare(inputs, tmp_path / "d", drop_small_domains=True, **options)
+    verify(folder)
+    record = json.loads((folder / "prepare.json").read_text())
+    assert TokenShards(folder).domains == list(record["domains"]) == ["code"]
+    assert {name: entry["documents_read"] for name, entry in record["dropped_domains"].items()} == {
+        "blank": 0, "one": 1, "tiny": 1, "two twice": 20,
+    }  # fmt: skip
+    assert "left out, too small for evaluation texts: 'blank', 'one', 'tiny', 'two twice'" in capfd.readouterr().err
+    alone = prepare(inputs, tmp_path / "alone", domains=["code"], progress=False, **options)
+    assert TokenShards(alone).corpus_hash == TokenShards(folder).corpus_hash
+    inputs = write(tmp_path / "c.jsonl", small_domains()[40:])
+    with pytest.raises(InputError, match="4 domains are too small"):
+        prepare(inputs, tmp_path / "none", drop_small_domains=True, progress=False, **options)
+
+
+def test_one_text_in_a_part_is_warned_of(tmp_path):
+    inputs = write(tmp_path / "c.jsonl", [(text("code", i, 300), f"d{i % 12:02}") for i in range(120)])
+    for texts, named in [(3, [f"d{i:02}" for i in range(10)]), (4, [])]:
+        folder = prepare(inputs, tmp_path / f"d{texts}", tokenizer="bytes", eval_per_domain=texts, progress=False)
+        warnings = json.loads((folder / "prepare.json").read_text())["warnings"]
+        said = (
+            f"one evaluation text in a part: {', '.join(map(repr, named))}, ... and 2 more; errors cannot be estimated from fewer"
+        )
+        assert warnings == [f"{said} than two (eval_per_domain)"] * bool(named)

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lldfast.data.making import sources
+from lldfast.data.making import compression
 from lldfast.data.making.sources import Source
 from lldfast.errors import CorruptError, InputError, MissingDependencyError
 
@@ -129,15 +129,34 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     every = list(source.documents())
     assert [(d.text, d.domain) for d in every] == EXPECTED[:2]
     assert list(Source([f"hf:{tmp_path / 'hub'}"]).documents(every[0].place)) == every[1:]
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "train.jsonl.zst").write_bytes(zst(lines())[:-9])
+    with pytest.raises(CorruptError, match=r"train\.jsonl\.zst is truncated"):  # datasets takes it for shorter data
+        read([f"hf:{tmp_path / 'cut'}"], on_error="skip")
     labels = datasets.ClassLabel(names=["ham", "spam"])
     features = datasets.Features(text=datasets.Value("string"), kind=labels)
-    data = datasets.Dataset.from_dict({"text": ["a", "b"], "kind": [1, 0]}, features)
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "kind": [1, 0, None]}, features)
     datasets.DatasetDict(test=data).save_to_disk(str(tmp_path / "disk"))
-    assert read([str(tmp_path / "disk")], split="test", domain_field="kind") == [("a", "spam"), ("b", "ham")]
+    options = {"split": "test", "domain_field": "kind"}
+    assert read([str(tmp_path / "disk")], on_error="skip", **options) == [("a", "spam"), ("b", "ham")]
+    with pytest.raises(InputError, match="disk, row 3: field 'kind' must be a domain name, got NoneType"):
+        read([str(tmp_path / "disk")], **options)
     with pytest.raises(InputError, match="no split 'train'; it has test"):
         read([str(tmp_path / "disk")], domain_field="kind")
     with pytest.raises(InputError, match="config None, split nosplit"):
         read([f"hf:{tmp_path / 'hub'}"], split="nosplit")
+
+
+def test_a_stream_that_breaks_is_never_skipped(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def rows():
+        yield from ({"text": f"row {i}", "domain": "d"} for i in range(2))
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    with pytest.raises(InputError, match=r"failed after row 2: .*connection lost"):
+        read([f"hf:{tmp_path}"], on_error="skip")
 
 
 BAD_LINES = [
@@ -199,7 +218,7 @@ def test_bad_parquet(tmp_path):
         read([str(tmp_path / "p.parquet")])
     invalid = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")])
     pq.write_table(pa.table({"text": invalid, "domain": ["d"]}), tmp_path / "u.parquet")
-    with pytest.raises(InputError, match=r"u\.parquet: invalid UTF-8 within rows 1 to 256"):
+    with pytest.raises(InputError, match=r"u\.parquet, row 1: invalid UTF-8"):
         read([str(tmp_path / "u.parquet")])
 
 
@@ -246,7 +265,7 @@ def test_stamp_changes_with_the_file(tmp_path):
 
 
 def test_long_lines_cost_linear_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 64)  # ten thousand blocks in one line
+    monkeypatch.setattr(compression, "BLOCK", 64)  # ten thousand blocks in one line
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": "y" * 640_000, "domain": "d"}] * 2))
     assert [len(text) for text, _ in read([str(tmp_path / "a.jsonl")])] == [640_000, 640_000]
 

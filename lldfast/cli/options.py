@@ -63,7 +63,8 @@ def add_fields(
     spelling: Mapping[str, str] | None = None,
     keep_unset: bool = False,
 ) -> None:
-    """An option for every field of the dataclass `cls`: type, default and help are the field's. A switch that is on is --no-NAME.
+    """An option for every field of the dataclass `cls`: type, default and help are the field's. A switch that is on is --no-NAME,
+    one that is off --NAME.
 
     Args:
         leave_out: fields that the command has no option for.
@@ -77,8 +78,10 @@ def add_fields(
         name, default = spelling.get(field.name, f"--{field.name.replace('_', '-')}"), None if keep_unset else field.default
         text = meaning[field.name].replace("%", "%%")
         if field.type in (bool, "bool"):
-            assert field.default is True, f"{cls.__name__}.{field.name}: a switch that is off has no spelling yet"
-            parser.add_argument(f"--no-{name[2:]}", dest=field.name, action="store_false", help=f"do not {text}")
+            if field.default:
+                parser.add_argument(f"--no-{name[2:]}", dest=field.name, action="store_false", help=f"do not {text}")
+            else:
+                parser.add_argument(name, dest=field.name, action="store_true", help=text)
             continue
         text += "" if default is None else " (default: %(default)s)"
         reading = {"metavar": field.name.upper(), **_reading(hints[field.name])}

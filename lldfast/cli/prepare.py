@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser("prepare", help="texts with a domain label -> token shards + evaluation corpus")
-    parser.add_argument("inputs", nargs="*", help="JSONL (.gz, .zst), Parquet, a folder per domain, or a Hugging Face dataset id")
+    parser.add_argument(
+        "inputs", nargs="*", help="JSONL (plain, gzip, zstd, bz2, xz), Parquet, a folder per domain, or a Hugging Face dataset id"
+    )
     parser.add_argument("--source", choices=["builtin"], help="real text that is already on this machine, instead of inputs")
     parser.add_argument("--out", required=True, help="data folder to make")
     add_fields(parser, PrepareOptions, spelling={"config": "--dataset-config"})
     parser.add_argument("--workers", type=int, help="encoding threads (default: one per core)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that was made with other options")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that was made of other inputs or with other options"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no warnings")
     parser.set_defaults(execute=run)
 

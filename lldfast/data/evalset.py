@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lldfast.errors import CorruptError, InputError
+from lldfast.errors import CorruptError, InputError, listed
 from lldfast.files import atomic_path
 
 PARTS = ("estimate", "measure")
@@ -112,7 +112,7 @@ class EvalSet:
             wanted = [domains] if isinstance(domains, str) else list(domains)
             unknown = [name for name in wanted if name not in self.domains]
             if unknown:
-                raise InputError(f"the evaluation corpus has no domain {unknown[0]!r}; it has {', '.join(self.domains)}")
+                raise InputError(f"the evaluation corpus has no domain {unknown[0]!r}; it has {listed(self.domains)}")
             keep &= np.isin(self.domain.astype(str), wanted)
         rows = np.flatnonzero(keep)
         return EvalSet([self.texts[i] for i in rows], self.domain[rows], self.part[rows], self.document[rows])

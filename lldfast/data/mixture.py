@@ -25,7 +25,7 @@ import torch
 
 from lldfast.backends import extension, resolve
 from lldfast.data.shards import TokenShards, bad_token_error
-from lldfast.errors import InputError
+from lldfast.errors import InputError, listed
 
 DRAWS = ("sequence", "micro_batch", "step")
 _ROUNDS = 12  # with fewer the orders of a domain of a few windows are visibly uneven
@@ -158,7 +158,7 @@ class DomainMixture:
             raise InputError("windows= counts windows from the beginning of a domain: it needs aligned=True")
         for domain, n in windows.items():
             if domain not in self.domains:
-                raise InputError(f"windows name the unknown domain {domain!r}; {self.shards.path} has: {', '.join(self.domains)}")
+                raise InputError(f"windows name the unknown domain {domain!r}; {self.shards.path} has: {listed(self.domains)}")
             most = int(self._windows[self.domains.index(domain)])
             if not isinstance(n, (int, np.integer)) or not 0 <= n <= most:
                 raise InputError(f"windows of domain {domain!r} must be an integer in [0, {most}], not {n!r}")
@@ -168,7 +168,7 @@ class DomainMixture:
         unknown = sorted(set(weights) - set(self.domains))
         missing = sorted(set(self.domains) - set(weights))
         if unknown:
-            raise InputError(f"weights name the unknown domain {unknown[0]!r}; {self.shards.path} has: {', '.join(self.domains)}")
+            raise InputError(f"weights name the unknown domain {unknown[0]!r}; {self.shards.path} has: {listed(self.domains)}")
         if missing:
             raise InputError(f"weights lack the domain {missing[0]!r} of {self.shards.path}")
         return _numbers([weights[domain] for domain in self.domains])

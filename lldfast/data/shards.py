@@ -22,7 +22,7 @@ import xxhash
 
 from lldfast.backends import extension
 from lldfast.data.tokenizer import Tokenizer, tokenizer_from_manifest
-from lldfast.errors import CorruptError, InputError
+from lldfast.errors import CorruptError, InputError, listed
 from lldfast.files import explain_write_errors, file_stem, read_json, write_json
 
 FORMAT = "lldfast-shards"
@@ -248,7 +248,7 @@ class TokenShards:
 
     def _entry(self, domain: str) -> dict[str, Any]:
         if domain not in self._entries:
-            raise InputError(f"{self.path} has no domain {domain!r}; it has: {', '.join(self.domains)}")
+            raise InputError(f"{self.path} has no domain {domain!r}; it has: {listed(self.domains)}")
         return self._entries[domain]
 
     def tokens(self, domain: str) -> np.ndarray:

@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 class Row(NamedTuple):
     document: Document
     n_bytes: int
-    pieces: list[Piece]  # empty: a copy of a held-out document
+    pieces: list[Piece]  # empty: a copy of a held-out document, or of a domain that is dropped
 
 
 EncodedRow = tuple[Row, list[Ids]]
@@ -144,8 +144,11 @@ def encode(
 
 
 def pieces_of(document: Document, plan: EvalPlan) -> tuple[int, list[Piece]]:
-    """(bytes of the document, its pieces): training text in between what the plan holds out; none of a held-out copy."""
+    """(bytes of the document, its pieces): training text in between what the plan holds out; none of a held-out copy
+    or of a domain that is dropped."""
     raw = document.text.encode()
+    if document.domain in plan.dropped:
+        return len(raw), []
     units = plan.units.get(document.number)
     if units is None:
         return len(raw), [] if digest_of(raw) in plan.held else [Piece(document.text, len(raw), None)]
@@ -227,9 +230,9 @@ def _collect(
     state, size = State(before.place, before.n_bytes, complete=True), 0
     for row, ids in stream:
         domain = row.document.domain
-        if domain not in rank:
+        if domain not in rank and domain not in plan.dropped:
             raise InputError(f"the inputs changed between the two readings: domain {domain!r} is new; run again with resume off")
-        if not row.pieces:
+        if not row.pieces and domain in rank:
             copies[domain] += 1
         for piece, piece_ids in zip(row.pieces, ids):
             if piece.unit is None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lldfast.errors import InputError
 
 # The order in prepare.json of what comes after the other options there.
-LAST_IN_RECORD = ("seed", "split", "config", "max_documents")
+LAST_IN_RECORD = ("seed", "split", "config", "max_documents", "on_error", "most_skipped", "drop_small_domains")
 
 
 @dataclass
@@ -32,6 +32,10 @@ class CorpusOptions:
         estimate_share: share of them that Delta and G are estimated on; KL is measured on the others.
         max_documents: stop reading after so many documents (of the domains that are kept).
         seed: of the draw of evaluation texts, which does not depend on the order of the documents.
+        on_error: at a record that cannot be used (a null text, invalid JSON or UTF-8, a missing field, ...) stop, or skip it:
+            prepare.json counts and lists what was skipped. A damaged file always stops the run.
+        most_skipped: refuse the inputs when more than this share of the records would be skipped.
+        drop_small_domains: leave out domains that are too small for evaluation texts; otherwise they stop the run, all named.
     """
 
     domain_field: str | None = None
@@ -44,6 +48,9 @@ class CorpusOptions:
     estimate_share: float = 0.5
     max_documents: int | None = None
     seed: int = 0
+    on_error: Literal["stop", "skip"] = "stop"
+    most_skipped: float = 0.1
+    drop_small_domains: bool = False
 
     def corpus_options(self) -> dict[str, Any]:
         """These options as keyword arguments of `prepare`."""
@@ -83,6 +90,10 @@ class PrepareOptions(CorpusOptions):
                 raise InputError(f"{name} must be at least {least}, got {value}")
         if not 0 < self.estimate_share < 1:
             raise InputError(f"estimate_share must lie between 0 and 1 (both parts need texts), got {self.estimate_share}")
+        if self.on_error not in ("stop", "skip"):
+            raise InputError(f"on_error must be 'stop' or 'skip', got {self.on_error!r}")
+        if not 0 <= self.most_skipped < 1:
+            raise InputError(f"most_skipped must be at least 0 and below 1, got {self.most_skipped}")
         if (self.tokenizer == "bpe") != (self.vocab_size is not None):
             raise InputError("vocab_size is needed by, and only by, the tokenizer 'bpe' that is trained here")
         if self.vocab_size is not None and self.vocab_size < 257:

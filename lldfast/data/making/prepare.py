@@ -5,7 +5,7 @@
     DIR/tokenizer.json                                      when the tokenizer is a Hugging Face one or trained here
     DIR/prepare.json                                        arguments, inputs, versions, counts, hashes
 
-The inputs are read twice, as streams: once to count and to choose the evaluation texts (evalplan.py), once to encode
+The inputs are read twice, as streams: once to count, to hash and to choose the evaluation texts (evalplan.py), once to encode
 (encode.py). Evaluation documents, and exact copies of them, are left out of the shards. Memory does not grow with the
 corpus.
 
@@ -23,16 +23,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lldfast.backends import versions
 from lldfast.data.evalset import PARTS, EvalSet
 from lldfast.data.making import builtin, evalplan
+from lldfast.data.making.done import changed_inputs, is_done
 from lldfast.data.making.encode import Part, encode, token_dtype, token_hash
 from lldfast.data.making.evalplan import EvalPlan, make_plan
 from lldfast.data.making.options import PrepareOptions
+from lldfast.data.making.rejects import counted
 from lldfast.data.making.sources import Source
 from lldfast.data.shards import ShardWriter, TokenShards, write_manifest
 from lldfast.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_manifest, train_bpe
@@ -40,6 +42,7 @@ from lldfast.errors import CorruptError, InputError
 from lldfast.files import explain_write_errors, file_stems, folder_lock, fsync_folder, read_json, write_json
 from lldfast.terminal import note, progress_bar
 
+VERSIONS = (1, 2)  # of prepare.json that are read; the last is written
 BPE_BYTES, MOST_BPE_BYTES = 8 << 10, 64 << 20  # text a BPE is trained on: per token of its vocabulary, and at most
 
 
@@ -61,23 +64,30 @@ def prepare(
     split: str | None = None,
     config: str | None = None,
     max_documents: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    most_skipped: float = 0.1,
+    drop_small_domains: bool = False,
     resume: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Make the data folder `out`, or return it at once when it is there already, made with the same arguments.
+    """Make the data folder `out`, or return it when it is there already, made of the same inputs with the same arguments.
+
+    That is decided on everything that decides the result: arguments, the content of the inputs (which are hashed again: one read,
+    nothing is decoded), the tokenizer, and the versions of packages where these matter. Sizes and times are not trusted.
 
     Args:
         inputs: "builtin", or files, folders and dataset ids (see sources.py).
         domain_field, text_field, tokenizer, vocab_size, domains, eval_texts, eval_per_domain, estimate_share, seed, split,
-            config, max_documents: what is made of them; `PrepareOptions` (options.py) says what each means.
+            config, max_documents, on_error, most_skipped, drop_small_domains: what is made of them; `PrepareOptions`
+            (options.py) says what each means.
         workers: encoding threads; default one per core. They change no byte.
         progress: bars and warnings on stderr.
         resume: go on from what an interrupted run with the same arguments and inputs left; False starts over.
         overwrite: replace an `out` that was made with other arguments.
 
     Raises:
-        InputError: wrong arguments or texts (file and line named), a domain without evaluation texts, a tokenizer
-            without an end-of-text token, or an `out` that holds something else.
+        InputError: wrong arguments or records (file and line named), domains without evaluation texts (all named), a tokenizer
+            without an end-of-text token, or an `out` that holds something else or was made of other content.
         CorruptError: a truncated or damaged input.
         BusyError: another process is preparing the same `out`.
         WriteError: the disk is full; nothing is published, and the same command goes on when there is space.
@@ -99,6 +109,9 @@ def prepare(
         split=split,
         config=config,
         max_documents=max_documents,
+        on_error=on_error,
+        most_skipped=most_skipped,
+        drop_small_domains=drop_small_domains,
     )
     options.check()
     if workers is not None and workers < 1:
@@ -111,27 +124,34 @@ def prepare(
         config=config,
         domains=options.domains,
         max_documents=max_documents,
+        on_error=on_error,
     )
     record: dict[str, Any] = {
         "arguments": {"inputs": places, **options.record()},
-        "inputs": [item.stamp()[:3] for item in source.inputs],
+        "inputs": [item.stamp() for item in source.inputs],
     }
-    if _is_done(out, record, overwrite):
+    for line in source.survey.notes() if progress else ():
+        note(f"note: {line}")
+    if is_done(out, record, source, overwrite):
         return out
     ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
     if ready is not None:
         _check_eot(ready)
     record["versions"] = _versions(places)
-    # What a resumed run must find unchanged is stricter: also when the inputs were written, and the tokenizer's content.
-    stamps = {**record, "inputs": [item.stamp() for item in source.inputs], "tokenizer": ready and ready.hash}
+    stamps = {**record, "tokenizer": ready and ready.describe()}
     work = out.parent / f".{out.name}.prepare"
     with folder_lock(work):
         try:
-            if not _is_done(out, record, overwrite):
-                plan = _plan(source, work, json.loads(json.dumps(stamps)), options, resume, progress)
+            if not is_done(out, record, source, overwrite):
+                plan, contents = _plan(source, work, json.loads(json.dumps(stamps)), options, resume, progress)
+                record["inputs"] = [stamp + content for stamp, content in zip(record["inputs"], contents, strict=True)]
                 ready = ready or _trained(source, plan, work, options, progress)
                 parts = _encoded(source, plan, ready, work, seed, workers, progress)
-                _publish(_assemble(plan, ready, parts, work, record), out)
+                _check_unchanged(source, contents, work)
+                _publish(_assemble(plan, ready, parts, work, record, source), out)
+                if plan.skipped["skipped"] and progress:
+                    count = f"{plan.skipped['skipped']:,} of {plan.skipped['records']:,} records"
+                    note(f"warning: skipped {count}: {counted(plan.skipped['reasons'])}; {out / 'prepare.json'} lists them")
             shutil.rmtree(work)
         finally:
             if work.exists() and not (work / "plan.json").exists():  # nothing that could be resumed
@@ -148,8 +168,8 @@ def made_together(shards: TokenShards) -> tuple[dict[str, Any], EvalSet]:
     """
     folder = shards.path.parent
     record = read_json(folder / "prepare.json")
-    if not isinstance(record, dict) or record.get("format") != "lldfast-prepare" or record.get("version") != 1:
-        raise CorruptError(f"{folder / 'prepare.json'} is not a version 1 lldfast-prepare file")
+    if not isinstance(record, dict) or record.get("format") != "lldfast-prepare" or record.get("version") not in VERSIONS:
+        raise CorruptError(f"{folder / 'prepare.json'} is not an lldfast-prepare file of version {VERSIONS[0]} to {VERSIONS[-1]}")
     if not isinstance(record.get("held_out"), list) or set(record.get("domains") or ()) != set(shards.domains):
         raise CorruptError(f"{folder / 'prepare.json'}: held_out is missing, or the domains are not {shards.domains}")
     evalset = EvalSet.load(folder / "eval.parquet")
@@ -201,39 +221,18 @@ def _check_eot(tokenizer: Tokenizer) -> None:
         raise InputError(f"tokenizer {tokenizer.name} has no end-of-text token, with which documents must be separated")
 
 
-def _is_done(out: Path, record: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `out` is what these arguments would give; raises when it is something else that must not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if not (out / "prepare.json").is_file():
-        raise InputError(f"{out} exists and is not a folder that prepare made: choose another, or remove it")
-    there = read_json(out / "prepare.json")
-    if not isinstance(there, dict):
-        raise CorruptError(f"{out / 'prepare.json'}: expected a JSON object, got {type(there).__name__}")
-    differing = [key for key in ("arguments", "inputs") if there.get(key) != json.loads(json.dumps(record[key]))]
-    if not differing:
-        try:
-            TokenShards(out)  # sizes: a file may be missing or cut off
-            return True
-        except CorruptError:
-            if not overwrite:
-                raise
-    if overwrite:
-        return False
-    if differing == ["inputs"]:
-        raise InputError(f"{out} was made when the inputs had other sizes: use overwrite to make it again")
-    old, new = there.get("arguments", {}), record["arguments"]
-    changed = ", ".join(f"{key} = {old.get(key)!r}, now {new[key]!r}" for key in new if old.get(key) != new[key])
-    raise InputError(f"{out} was made with other arguments ({changed}): choose another folder, or overwrite")
-
-
-def _plan(source: Source, work: Path, stamps: Any, options: PrepareOptions, resume: bool, progress: bool) -> EvalPlan:
-    """The plan an interrupted run with the same stamps left, or a new one."""
+def _plan(
+    source: Source, work: Path, stamps: Any, options: PrepareOptions, resume: bool, progress: bool
+) -> tuple[EvalPlan, list[list[Any]]]:
+    """The plan an interrupted run with the same stamps and contents left, or a new one; and the contents it is made of."""
     path = work / "plan.json"
     if path.exists():
         stored = read_json(path)
-        if resume and stored["stamps"] == stamps:
-            return EvalPlan.from_json(stored["plan"])
+        contents = stored.get("contents") or []
+        if resume and stored["stamps"] == stamps and not any(changed_inputs(source, contents)):
+            plan = EvalPlan.from_json(stored["plan"])
+            source.domain_field = plan.domain_field
+            return plan, contents
         path.unlink()  # first: without it the other files mean nothing
     for item in work.iterdir():
         if item.name != ".lock":
@@ -245,12 +244,27 @@ def _plan(source: Source, work: Path, stamps: Any, options: PrepareOptions, resu
             eval_per_domain=options.eval_per_domain,
             estimate_share=options.estimate_share,
             seed=options.seed,
+            most_skipped=options.most_skipped,
+            drop_small=options.drop_small_domains,
             on_bytes=bar.update,
         )
     for warning in plan.warnings if progress else ():
         note(f"warning: {warning}")
-    write_json(path, {"stamps": stamps, "plan": plan.to_json()})
-    return plan
+    contents = [source.contents[i].to_json() if i in source.contents else [] for i in range(len(source.inputs))]
+    write_json(path, {"stamps": stamps, "contents": contents, "plan": plan.to_json()})
+    return plan, contents
+
+
+def _check_unchanged(source: Source, contents: Sequence[Sequence[Any]], work: Path) -> None:
+    """What the second reading read must be what the first one did.
+
+    Raises:
+        InputError: an input was changed in between.
+    """
+    for i, content in source.contents.items():
+        if content.to_json() != list(contents[i]):
+            (work / "plan.json").unlink()  # what was encoded is of no use
+            raise InputError(f"{source.inputs[i].name} was changed while it was read: run again")
 
 
 def _trained(source: Source, plan: EvalPlan, work: Path, options: PrepareOptions, progress: bool) -> Tokenizer:
@@ -265,7 +279,8 @@ def _trained(source: Source, plan: EvalPlan, work: Path, options: PrepareOptions
             with progress_bar("training a BPE", plan.n_documents, unit=" documents", scale=False, show=progress) as bar:
                 for document in source.documents():
                     digest = evalplan.digest_of(document.text.encode())
-                    if digest not in plan.held and evalplan.key_of(options.seed, "bpe", digest) < bound[document.domain]:
+                    drawn = evalplan.key_of(options.seed, "bpe", digest) < bound.get(document.domain, 0)  # 0: it is dropped
+                    if drawn and digest not in plan.held:
                         yield document.text
                     bar.update()
 
@@ -294,7 +309,9 @@ def _encoded(
         return encode(source, plan, tokenizer, work, seed=seed, workers=workers, on_progress=on_progress)
 
 
-def _assemble(plan: EvalPlan, tokenizer: Tokenizer, parts: Sequence[Path], work: Path, record: Mapping[str, Any]) -> Path:
+def _assemble(
+    plan: EvalPlan, tokenizer: Tokenizer, parts: Sequence[Path], work: Path, record: Mapping[str, Any], source: Source
+) -> Path:
     """Write the data folder out of the part files, inside the work folder; returns it."""
     data = work / "data"
     shutil.rmtree(data, ignore_errors=True)
@@ -318,10 +335,6 @@ def _assemble(plan: EvalPlan, tokenizer: Tokenizer, parts: Sequence[Path], work:
     domains = {}
     for name, entry in entries.items():
         numbers = {part: int(((evalset.domain == name) & (evalset.part == part)).sum()) for part in PARTS}
-        if not all(numbers.values()):
-            raise InputError(f"domain {name!r} has no evaluation texts ({numbers}): what was drawn of it is only white space")
-        if not entry["documents"]:
-            raise InputError(f"domain {name!r} has nothing left to train on: the rest are copies of evaluation documents")
         shown = {f"training_{key}": entry[key] for key in ("documents", "bytes", "tokens")}
         domains[name] = {**plan.domains[name], "held_out_copies_dropped": copies[name], **shown, "eval_texts": numbers}
     with explain_write_errors(data):
@@ -330,10 +343,13 @@ def _assemble(plan: EvalPlan, tokenizer: Tokenizer, parts: Sequence[Path], work:
         corpus_hash = write_manifest(data / "shards", tokenizer.describe(), tokenizer.vocab_size, entries)
     content = {
         "format": "lldfast-prepare",
-        "version": 1,
+        "version": VERSIONS[-1],
         **record,
         "tokenizer": tokenizer.describe(),
         "domains": domains,
+        "dropped_domains": plan.dropped,
+        "skipped": plan.skipped,
+        "files": source.survey.to_json(),
         "corpus_hash": corpus_hash,
         "evalset_hash": evalset.hash,
         "warnings": plan.warnings,

@@ -1,0 +1,240 @@
+"""Which files of a folder are read, as what, and which are not: none is left out or taken for text without being named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lldfast.data.making.compression import read_name
+from lldfast.data.making.kinds import JSON_LINES, Kind, kind_of
+from lldfast.errors import InputError
+
+MOST_LISTED = 100  # names in prepare.json, of each kind; the counts are of all
+MOST_SHOWN = 5  # in a message
+
+# What lies beside data: checksums and indexes, which are never text; what describes records, where there are records.
+NEVER_TEXT = re.compile(r"(?i).*\.(crc|md5|sha1|sha224|sha256|sha384|sha512|idx)|(md5|sha\d+)sums?(\.txt)?|_success")
+BESIDE_RECORDS = re.compile(
+    r"(?i)(readme|licen[sc]e|copying|notice|citation|changelog|dataset_infos?|dataset_card|checksums?|manifest)\b.*|_[a-z].*|.*\.lock"
+)
+
+
+class Listed:
+    """Names, of which the first are kept."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.names: list[str] = []
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.names) < MOST_LISTED:
+            self.names.append(printable(name))
+
+    def __str__(self) -> str:
+        more = f", and {self.count - MOST_SHOWN:,} more" if self.count > MOST_SHOWN else ""
+        return ", ".join(self.names[:MOST_SHOWN]) + more
+
+
+def printable(name: str) -> str:
+    """A file's name as text: bytes in it that are not UTF-8 are written out."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+@dataclass
+class Survey:
+    """What was found about the files of the inputs, for people.
+
+    Attributes:
+        plain_text: files that are a document each.
+        not_read, unexpected: why -> files; "unexpected" are read, though their names say something else.
+        empty: files without text.
+    """
+
+    plain_text: Listed = field(default_factory=Listed)
+    empty: Listed = field(default_factory=Listed)
+    not_read: dict[str, Listed] = field(default_factory=dict)
+    unexpected: dict[str, Listed] = field(default_factory=dict)
+
+    def leave_out(self, path: Path, why: str) -> None:
+        self.not_read.setdefault(why, Listed()).add(str(path))
+
+    def take(self, path: Path, kind: Kind) -> None:
+        """Note a file that is read."""
+        if kind.unexpected:
+            self.unexpected.setdefault(kind.unexpected, Listed()).add(str(path))
+        if kind.holds == "text":
+            self.plain_text.add(str(path))
+        elif kind.holds == "empty":
+            self.empty.add(str(path))
+
+    def notes(self) -> list[str]:
+        """A line for each thing that a reader of the corpus should know."""
+        lines = [f"{_files(found)} not read ({why}): {found}" for why, found in sorted(self.not_read.items())]
+        lines += [f"{_files(found)} read as what the content says ({what}): {found}" for what, found in self.unexpected.items()]
+        if self.empty.count:
+            lines.append(f"{_files(self.empty)} empty: {self.empty}")
+        if self.plain_text.count:
+            lines.append(f"{_files(self.plain_text)} taken as plain text, a document each: {self.plain_text}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        def shown(found: Listed) -> dict[str, Any]:
+            return {"count": found.count, "names": found.names}
+
+        return {
+            "plain_text": shown(self.plain_text),
+            "empty": shown(self.empty),
+            "not_read": {why: shown(found) for why, found in sorted(self.not_read.items())},
+            "unexpected": {what: shown(found) for what, found in sorted(self.unexpected.items())},
+        }
+
+
+def _files(found: Listed) -> str:
+    return f"{found.count:,} file{' is' if found.count == 1 else 's are'}"
+
+
+class Found(NamedTuple):
+    """A file that is read; `domain` is set where its folder gives the label."""
+
+    kind: str  # "jsonl", "parquet" or "text"
+    path: Path
+    domain: str | None = None
+
+
+def one_file(path: Path, text_field: str, survey: Survey) -> Found:
+    """A file that is named itself: records, by content or, where that leaves it open, by name.
+
+    Raises:
+        InputError: it holds no records that can be read.
+        CorruptError: it cannot be decompressed.
+    """
+    kind = kind_of(path, text_field)
+    if kind.refused:
+        raise InputError(f"{path} is {kind.refused}")
+    called_json = read_name(path).suffix in (*JSON_LINES, ".json")
+    if kind.holds in ("text", "empty") and not called_json:
+        what = "it is empty" if kind.holds == "empty" else f"it holds {kind.is_text}"
+        raise InputError(
+            f"{path}: expected .jsonl (JSON lines, plain or compressed with gzip, zstd, bz2 or xz), .parquet, a folder or a"
+            f" dataset id; {what}"
+        )
+    if kind.holds == "text":  # called JSON: its lines are read as such, and the first that is none is named
+        kind.holds = "jsonl"
+    survey.take(path, kind)
+    return Found("parquet" if kind.holds == "parquet" else "jsonl", path)
+
+
+def files_of(folder: Path, labelled: bool, text_field: str, survey: Survey) -> list[Found]:
+    """The files of a folder that are read: records with labels, or a folder per domain.
+
+    Records in the folder itself, or a label field, mean that labels are in the records; else the folders in it are domains.
+
+    Raises:
+        InputError: there is nothing to read, or a file holds records in a form that is not read.
+        CorruptError: a file cannot be decompressed.
+    """
+    files, hidden = _walk(folder)
+    for path in hidden:
+        survey.leave_out(path, "hidden" if path.is_file() else "a link to nothing")
+    top = [path for path in files if path.parent == folder and not NEVER_TEXT.fullmatch(path.name)]
+    folders = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    kinds = {path: kind_of(path, text_field) for path in top}
+    trigger = _is_records if folders else lambda path, kind: _is_records(path, kind) or kind.holds == "jsonl"
+    if labelled or any(trigger(path, kind) for path, kind in kinds.items()):
+        return _labelled(folder, files, kinds, text_field, survey)
+    if not folders:
+        _refuse([(path, kind) for path, kind in kinds.items() if kind.refused])
+        raise InputError(f"{folder}: neither data files nor a folder per domain in it")
+    for path in files:
+        if path.parent == folder:
+            survey.leave_out(path, "in no domain's folder")
+    found: list[Found] = []
+    for child in folders:
+        found += _domain(child, text_field, survey)
+    return found
+
+
+def _labelled(folder: Path, files: Iterable[Path], known: dict[Path, Kind], text_field: str, survey: Survey) -> list[Found]:
+    kinds = _kinds(files, known, text_field, survey)
+    # Where no file has the text field, those that lack it are read: the error names the fields that they have.
+    records = [path for path, kind in kinds.items() if _is_records(path, kind)]
+    records = records or [path for path, kind in kinds.items() if kind.holds == "jsonl"]
+    if not records:
+        raise InputError(f"{folder}: no JSONL or Parquet file in this folder (a folder per domain needs no domain field)")
+    wanted = set(records)
+    for path, kind in kinds.items():
+        if path in wanted or kind.holds == "empty":
+            survey.take(path, kind)
+        else:
+            survey.leave_out(path, f"JSON without the field {text_field!r}" if kind.holds == "jsonl" else kind.is_text)
+    return [Found(kinds[path].holds, path) for path in records]
+
+
+def _domain(folder: Path, text_field: str, survey: Survey) -> list[Found]:
+    """The files of one domain's folder: records are records, and what is not is a document."""
+    kinds = _kinds(_walk(folder)[0], {}, text_field, survey)
+    records = {path for path, kind in kinds.items() if _is_records(path, kind)}
+    if not records:  # most of the files decide what such lines are
+        doubtful = {path for path, kind in kinds.items() if _may_be_records(path, kind)}
+        records = doubtful if 2 * len(doubtful) >= sum(kind.holds != "empty" for kind in kinds.values()) else set()
+    found: list[Found] = []
+    for path, kind in kinds.items():
+        beside = _may_be_records(path, kind) or BESIDE_RECORDS.fullmatch(path.name)
+        if records and path not in records and kind.holds != "empty" and beside:
+            survey.leave_out(path, "beside records")
+            continue
+        if path not in records and kind.holds != "empty":
+            kind.holds, kind.unexpected = "text", ""
+        survey.take(path, kind)
+        # An empty file is a document without text: so a domain of nothing else is told, and does not vanish.
+        found.append(Found("text" if kind.holds == "empty" else kind.holds, path, folder.name))
+    if not found:
+        raise InputError(f"{folder}: the folder of domain {folder.name!r} has no files")
+    return found
+
+
+def _kinds(files: Iterable[Path], known: Mapping[Path, Kind], text_field: str, survey: Survey) -> dict[Path, Kind]:
+    """What the files hold, without those that are never text.
+
+    Raises:
+        InputError: one holds records, or is an archive, in a form that is not read.
+    """
+    kinds = {}
+    for path in files:
+        if NEVER_TEXT.fullmatch(path.name):
+            survey.leave_out(path, "checksums, indexes and marks")
+        else:
+            kinds[path] = known.get(path) or kind_of(path, text_field)
+    _refuse([(path, kind) for path, kind in kinds.items() if kind.refused])
+    return kinds
+
+
+def _is_records(path: Path, kind: Kind) -> bool:
+    """Parquet, JSON lines with the text field, and what is called JSON lines."""
+    return kind.holds == "parquet" or (kind.holds == "jsonl" and (kind.has_text or read_name(path).suffix in JSON_LINES))
+
+
+def _may_be_records(path: Path, kind: Kind) -> bool:
+    """JSON lines without the text field: of data that names its text otherwise, or a document that happens to be such lines."""
+    return kind.holds == "jsonl" and kind.n_objects > 1 and read_name(path).suffix in (".json", "")
+
+
+def _refuse(refused: list[tuple[Path, Kind]]) -> None:
+    if refused:
+        shown = "; ".join(f"{path} is {kind.refused}" for path, kind in refused[:MOST_SHOWN])
+        more = f"; and {len(refused) - MOST_SHOWN} more files" if len(refused) > MOST_SHOWN else ""
+        raise InputError(f"{shown}{more}; or move what is no data out of the folder")
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(files, what is never looked at) under a folder, sorted: the latter are hidden, in a hidden folder, or links to nothing."""
+    files: list[Path] = []
+    others: list[Path] = []
+    for path in sorted(path for path in folder.glob("**/*") if not path.is_dir()):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        (others if hidden or not path.is_file() else files).append(path)
+    return files, others
