@@ -283,7 +283,9 @@ def _bloom(keys: Keys) -> Settings:
 def _single(keys: Keys, sizes: Settings) -> int:
     heads = int(sizes["num_attention_heads"])
     if sizes["num_key_value_heads"] != heads:
-        raise keys.refusal("attention.head_count_kv", f"{sizes['num_key_value_heads']}, but the model has one per query head, {heads}")
+        raise keys.refusal(
+            "attention.head_count_kv", f"{sizes['num_key_value_heads']}, but the model has one per query head, {heads}"
+        )
     return heads
 
 

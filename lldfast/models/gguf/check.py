@@ -27,7 +27,9 @@ def compare(file: GGUFFile, model: Any) -> None:
         sources = names.of(parameter)
         missing = [name for name in sources if name not in file.tensors]
         if not sources or missing:
-            raise InputError(f"{file.path}: no tensor {', '.join(missing) or 'that is known'} for the model's parameter {parameter}")
+            raise InputError(
+                f"{file.path}: no tensor {', '.join(missing) or 'that is known'} for the model's parameter {parameter}"
+            )
         used.update(sources)
         expected = _expected(file, sources, parameter, model.config)
         _same(file, parameter, sources, value.detach().float().numpy(), expected)

@@ -39,7 +39,7 @@ def converted(file: Path, *, with_tokenizer: bool = True) -> tuple[Path, str]:
     """(folder, content hash) of the conversion; made when the cache has none of this content by this converter.
 
     Args:
-        with_tokenizer: whether the folder needs the file's own tokenizer. Without, a file whose tokenizer cannot be rebuilt loads.
+        with_tokenizer: whether the folder needs the file's own tokenizer. Without, one that cannot be rebuilt does not matter.
 
     Raises:
         InputError: something in the file, or the file itself, cannot be converted without changing what it computes.

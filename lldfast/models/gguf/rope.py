@@ -1,9 +1,9 @@
 """Rotary positions of a GGUF file as the `rope_parameters` of a Hugging Face configuration.
 
-llama.cpp turns pair i of a head at position p by the angle p * base^(-2i/n) / (divisor_i * factor) and multiplies cosine and sine
-by `attn_factor`. The divisors are tensors: `rope_freqs` (llama 3), or `rope_factors_long` and `rope_factors_short`, of which texts
-beyond `original_context_length` take the long ones. "longrope" of transformers is the same formula with the divisors listed in
-config.json, so it holds any of them exactly and a saved folder keeps them.
+llama.cpp turns pair i of a head at position p by the angle p * base^(-2i/n) / (divisor_i * factor) and multiplies cosine and
+sine by `attn_factor`. The divisors are tensors: `rope_freqs` (llama 3), or `rope_factors_long` and `rope_factors_short`, of which
+texts beyond `original_context_length` take the long ones. "longrope" of transformers is the same formula with the divisors listed
+in config.json, so it holds any of them exactly and a saved folder keeps them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def _divisors(keys: Keys, pairs: int) -> tuple[list[float], list[float]] | None:
     if not present:
         return None
     if present not in ([FREQS], [LONG, SHORT]):
-        raise InputError(f"{keys.file.path}: tensors {', '.join(present)} without their counterpart, or more than one kind of them")
+        raise InputError(
+            f"{keys.file.path}: tensors {', '.join(present)} without their counterpart, or more than one kind of them"
+        )
     read = {}
     for name in present:
         values = keys.file.values(name).reshape(-1).astype(np.float64)

@@ -23,15 +23,15 @@ SPACE = "▁"  # SentencePiece's, U+2581
 
 # Keys without a say in the ids of a text: what a program adds around it, or names of tokens for other uses.
 _HARMLESS = {
-    "chat_template", "ggml.add_eos_token", "ggml.add_sep_token", "ggml.eot_token_id", "ggml.eom_token_id", "ggml.seperator_token_id",
-    "ggml.cls_token_id", "ggml.mask_token_id", "ggml.prefix_token_id", "ggml.suffix_token_id", "ggml.middle_token_id",
+    "chat_template", "ggml.add_eos_token", "ggml.add_sep_token", "ggml.eot_token_id", "ggml.eom_token_id", "ggml.cls_token_id",
+    "ggml.seperator_token_id", "ggml.mask_token_id", "ggml.prefix_token_id", "ggml.suffix_token_id", "ggml.middle_token_id",
     "ggml.fim_pre_token_id", "ggml.fim_suf_token_id", "ggml.fim_mid_token_id", "ggml.fim_pad_token_id", "ggml.fim_rep_token_id",
     "ggml.fim_sep_token_id", "ggml.suppress_tokens", "ggml.token_type_count", "ggml.eog_token_ids", "huggingface.json",
 }  # fmt: skip
 _USED = {
-    "ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.scores", "ggml.merges", "ggml.bos_token_id", "ggml.eos_token_id",
-    "ggml.unknown_token_id", "ggml.padding_token_id", "ggml.add_bos_token", "ggml.add_space_prefix", "ggml.remove_extra_whitespaces",
-    "ggml.precompiled_charsmap",
+    "ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.scores", "ggml.merges", "ggml.bos_token_id",
+    "ggml.eos_token_id", "ggml.unknown_token_id", "ggml.padding_token_id", "ggml.add_bos_token", "ggml.add_space_prefix",
+    "ggml.remove_extra_whitespaces", "ggml.precompiled_charsmap",
 }  # fmt: skip
 _WAY_OUT = "pass tokenizer= (--tokenizer), the tokenizer that the model was published with"
 
@@ -65,7 +65,9 @@ def build(file: GGUFFile) -> tuple[Any, dict[str, Any]]:
         from tokenizers import processors
 
         identity = [(bos, vocabulary.ids[bos])]
-        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=identity)
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=identity
+        )
     return backend, settings
 
 
@@ -120,7 +122,9 @@ class _Vocabulary:
     def settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {"clean_up_tokenization_spaces": False}
         for name, key in SPECIAL.items():
-            number = self.said.get(f"ggml.{key}_token_id", DEFAULT_IDS.get(key) if self.said.get("ggml.model") == "llama" else None)
+            number = self.said.get(
+                f"ggml.{key}_token_id", DEFAULT_IDS.get(key) if self.said.get("ggml.model") == "llama" else None
+            )
             if number is not None:
                 if not 0 <= number < len(self.tokens):
                     raise refusal(self.file, f"ggml.{key}_token_id", number, f"the file has {len(self.tokens)} tokens")
@@ -162,8 +166,8 @@ def _splitting(vocabulary: _Vocabulary) -> Splitting:
     file, name = vocabulary.file, vocabulary.said.get("ggml.pre")
     if name is None:
         warnings.warn(
-            f"{file.path} does not say how texts are split (no tokenizer.ggml.pre): llama.cpp's default is taken, which no published"
-            f" tokenizer has. For the ids that the model was trained with, {_WAY_OUT}",
+            f"{file.path} does not say how texts are split (no tokenizer.ggml.pre): llama.cpp's default is taken, which no"
+            f" published tokenizer has. For the ids that the model was trained with, {_WAY_OUT}",
             stacklevel=2,
         )
     if (found := SPLITTINGS.get("default" if name is None else name)) is None:
@@ -203,7 +207,9 @@ def _compare(vocabulary: _Vocabulary, backend: Any) -> None:
     file, found = vocabulary.file, {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
     for i, token in enumerate(vocabulary.tokens):
         if found.get(i) not in (token, SPACE * len(token) if token and not token.strip(" ") else token):
-            raise InputError(f"{file.path}: id {i} is token {token!r} in the file and {found.get(i)!r} in the converted tokenizer")
+            raise InputError(
+                f"{file.path}: id {i} is token {token!r} in the file and {found.get(i)!r} in the converted tokenizer"
+            )
     if len(found) != len(vocabulary.tokens):
         raise InputError(f"{file.path}: {len(vocabulary.tokens)} tokens in the file, {len(found)} in the converted tokenizer")
     if said := vocabulary.said.get("ggml.merges"):
