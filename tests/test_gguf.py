@@ -95,6 +95,19 @@ def test_its_packages_are_named(tmp_path, monkeypatch):
         lld.load_model(tmp_path / "m.gguf")
 
 
+@pytest.mark.slow
+def test_windows_named_layer_by_layer(bpe, tmp_path):
+    model = tiny("gemma3", layer_types=["full_attention", "sliding_attention"])
+    file = write_model(tmp_path / "m.gguf", "gemma3", model, bpe, {"attention.sliding_window_pattern": [False, True]})
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        got, want = lld.load_model(file, device="cpu").module(ids).logits, model(ids).logits
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    with pytest.raises(InputError, match=r"gemma3\.attention\.sliding_window_pattern: 3 values for 2 layers"):
+        keys = {"attention.sliding_window_pattern": [True, True, False]}
+        lld.load_model(write_model(tmp_path / "m2.gguf", "gemma3", model, bpe, keys))
+
+
 # Rotary positions, against a Llama written out in fp64.
 
 
@@ -147,7 +160,10 @@ def yarn(factor, original, fast=32.0, slow=1.0):
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, None, (FREQUENCIES / 4, 1)),
         pytest.param({"rope.scaling.factor": 4.0}, None, (FREQUENCIES / 4, 1), marks=pytest.mark.slow),
         ({"rope.scale_linear": 2.5}, DIVISORS, (FREQUENCIES / DIVISORS / 2.5, 1)),
-        pytest.param({"rope.scaling.type": "none", "rope.scaling.factor": 4.0, "rope.scaling.finetuned": True}, None, (FREQUENCIES, 1), marks=pytest.mark.slow),
+        pytest.param(
+            {"rope.scaling.type": "none", "rope.scaling.factor": 4.0, "rope.scaling.finetuned": True},
+            None, (FREQUENCIES, 1), marks=pytest.mark.slow,
+        ),
         pytest.param({"rope.scaling.attn_factor": 1.25}, None, (FREQUENCIES, 1.25), marks=pytest.mark.slow),
         (
             {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 48},

@@ -181,7 +181,7 @@ def _gemma2(keys: Keys) -> Settings:
         "rms_norm_eps": keys.take("attention.layer_norm_rms_epsilon"),
         "query_pre_attn_scalar": _query_scalar(sizes, head_dim, largest=46),
         "sliding_window": keys.take("attention.sliding_window", 4096),
-        "layer_types": _layer_types(sizes["num_hidden_layers"], 2),
+        "layer_types": _layer_types(keys, sizes["num_hidden_layers"], 2),
         "attn_logit_softcapping": keys.take("attn_logit_softcapping", 50.0) or None,
         "final_logit_softcapping": keys.take("final_logit_softcapping", 30.0) or None,
         "rope_parameters": rope_parameters(keys, head_dim, sizes["max_position_embeddings"]),
@@ -199,7 +199,7 @@ def _gemma3(keys: Keys) -> Settings:
         "rms_norm_eps": keys.take("attention.layer_norm_rms_epsilon"),
         "query_pre_attn_scalar": _query_scalar(sizes, head_dim, largest=62),
         "sliding_window": keys.take("attention.sliding_window"),
-        "layer_types": _layer_types(sizes["num_hidden_layers"], keys.take("attention.sliding_window_pattern", 6)),
+        "layer_types": _layer_types(keys, sizes["num_hidden_layers"], 6),
         "attn_logit_softcapping": keys.take("attn_logit_softcapping", 0.0) or None,
         "final_logit_softcapping": keys.take("final_logit_softcapping", 0.0) or None,
         # llama.cpp scales the layers with full attention only.
@@ -213,9 +213,17 @@ def _query_scalar(sizes: Settings, head_dim: int, *, largest: int) -> int:
     return int(sizes["hidden_size"] // sizes["num_attention_heads"] if whole else head_dim)
 
 
-def _layer_types(layers: int, every: int) -> list[str]:
-    """The last of `every` layers attends to all tokens."""
-    return ["full_attention" if every and (layer + 1) % every == 0 else "sliding_attention" for layer in range(layers)]
+def _layer_types(keys: Keys, layers: int, usual: int) -> list[str]:
+    """The file says it layer by layer (whether it slides), or that the last of so many layers attends to all tokens."""
+    pattern = keys.take_list("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        if len(pattern) != layers:
+            raise keys.refusal("attention.sliding_window_pattern", f"{len(pattern)} values for {layers} layers")
+        slides = [bool(value) for value in pattern]
+    else:
+        every = usual if pattern is None else int(pattern)
+        slides = [not every or (layer + 1) % every != 0 for layer in range(layers)]
+    return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
 
 def _stablelm(keys: Keys) -> Settings:
