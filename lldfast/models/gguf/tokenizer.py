@@ -64,9 +64,9 @@ def build(file: GGUFFile) -> tuple[Any, dict[str, Any]]:
     if said.get("ggml.add_bos_token", adds_bos) and bos is not None:
         from tokenizers import processors
 
-        identity = [(bos, vocabulary.ids[bos])]
+        ids = [(bos, vocabulary.ids[bos])]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=identity
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=ids
         )
     return backend, settings
 
@@ -121,10 +121,9 @@ class _Vocabulary:
     @property
     def settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {"clean_up_tokenization_spaces": False}
+        defaults = DEFAULT_IDS if self.said.get("ggml.model") == "llama" else {}
         for name, key in SPECIAL.items():
-            number = self.said.get(
-                f"ggml.{key}_token_id", DEFAULT_IDS.get(key) if self.said.get("ggml.model") == "llama" else None
-            )
+            number = self.said.get(f"ggml.{key}_token_id", defaults.get(key))
             if number is not None:
                 if not 0 <= number < len(self.tokens):
                     raise refusal(self.file, f"ggml.{key}_token_id", number, f"the file has {len(self.tokens)} tokens")
@@ -179,6 +178,8 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Any, bool]:
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers.tokenization_utils_base import generate_merges
 
+    if not ("ggml.scores" in vocabulary.said or "ggml.merges" in vocabulary.said):
+        raise InputError(f"{vocabulary.file.path}: tokenizer.ggml.scores is missing; {_WAY_OUT}")
     gemma = vocabulary.file.architecture.startswith("gemma")
     # Gemma's runs of blanks: llama.cpp writes them as blanks, the published vocabulary as SentencePiece's sign.
     tokens = [SPACE * len(t) if gemma and t and not t.strip(" ") else t for t in vocabulary.tokens]
