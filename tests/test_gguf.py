@@ -79,6 +79,7 @@ def test_name_licence_and_one_conversion(llama, bpe, tmp_path, monkeypatch):
     identity = loaded.identity
     assert (identity["name"], identity["kind"], identity["licence"]) == ("Tiny", "gguf", "mit")
     assert loaded.separate_head and identity["dtype"] == "float32" and loaded.bos_id == 0
+    assert identity["extra"] == {"file": "tiny.gguf", "converter": convert.CONVERTER}  # the hash is of the file alone
     monkeypatch.setattr(convert, "_convert", lambda *a: pytest.fail("converted a second time"))
     assert lld.load_model(file, device="cpu").identity == identity
 

@@ -121,5 +121,5 @@ def _from_gguf(file: Path, tokenizer: Tokenizer | None, dtype: str, bos: str) ->
     general = gguf.general(folder)
     return _from_hf(
         folder, tokenizer, dtype, bos, name=str(general.get("name") or file.stem), kind="gguf", source=str(file),
-        weights_hash=digest, licence=general.get("license"), extra={"file": file.name},
+        weights_hash=digest, licence=general.get("license"), extra={"file": file.name, "converter": gguf.CONVERTER},
     )  # fmt: skip

@@ -5,6 +5,6 @@ positions mean, keys.py that none is passed over. tokenizer.py and pretokenizers
 converted model with the file, convert.py puts these together. docs/GGUF.md lists what is applied and what is refused.
 """
 
-from lldfast.models.gguf.convert import converted, general, is_gguf
+from lldfast.models.gguf.convert import CONVERTER, converted, general, is_gguf
 
-__all__ = ["converted", "general", "is_gguf"]
+__all__ = ["CONVERTER", "converted", "general", "is_gguf"]
