@@ -1,6 +1,5 @@
-"""models/language_model.py: taking models apart, first tokens, windows, GGUF, identities."""
+"""models/language_model.py: taking models apart, first tokens, windows, identities."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from lldfast import gram
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import load_tokenizer, train_bpe
-from lldfast.errors import InputError, MissingDependencyError
+from lldfast.errors import InputError
 from lldfast.measure.score import score
 from lldfast.models import language_model as module
 from lldfast.models import loading
@@ -304,66 +303,6 @@ def test_bad_arguments(tmp_path, bpe):
         load_model(tmp_path)
     with pytest.raises(InputError, match="overlap=64"):
         load_model(tiny("Llama"), tokenizer=bpe).tokenize(EvalSet.from_texts(["a"], ["b"]), overlap=64)
-
-
-def test_gguf_needs_its_packages(tmp_path, monkeypatch):
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(MissingDependencyError, match="GGUF files need the package gguf"):
-        load_model(tmp_path / "m.gguf")
-
-
-def test_gguf_is_converted_once(tmp_path, monkeypatch):
-    for package in ("gguf", "accelerate", "transformers"):
-        pytest.importorskip(package)
-    file = write_tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setenv("LLDFAST_CACHE", str(tmp_path / "cache"))
-    scorer = load_model(file)
-    identity = scorer.identity
-    assert (identity["name"], identity["kind"], identity["licence"]) == ("Tiny", "gguf", "mit")
-    assert scorer.separate_head and identity["dtype"] == "float32"
-    assert len(scorer.tokenizer.encode("ab")) == 1 and scorer.tokenizer.decode(scorer.tokenizer.encode("abc")) == "abc"
-    monkeypatch.setattr("lldfast.models.gguf._convert", lambda *a: pytest.fail("converted a second time"))
-    assert load_model(file).identity == identity
-
-
-def write_tiny_gguf(file: Path) -> Path:
-    """A Llama of one layer with a byte-level vocabulary."""
-    import gguf
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    d, heads, vocab = 32, 2, 258
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_name("Tiny")
-    writer.add_license("mit")
-    writer.add_context_length(64)
-    writer.add_embedding_length(d)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(vocab)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<|endoftext|>", *sorted(ByteLevel.alphabet()), "ab"])
-    writer.add_token_types([3, *[1] * 257])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    shapes = {
-        "token_embd": (vocab, d), "output_norm": (d,), "output": (vocab, d), "blk.0.attn_norm": (d,), "blk.0.ffn_norm": (d,),
-        "blk.0.attn_q": (d, d), "blk.0.attn_k": (d, d), "blk.0.attn_v": (d, d), "blk.0.attn_output": (d, d),
-        "blk.0.ffn_gate": (64, d), "blk.0.ffn_up": (64, d), "blk.0.ffn_down": (d, 64),
-    }  # fmt: skip
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.normal(0, 0.2, shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:x"])

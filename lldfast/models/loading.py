@@ -65,7 +65,7 @@ def load_model(
     place = None if device is None else pick_device(device)  # told now, not after a long load
     if isinstance(spec, nn.Module):
         model = _from_module(spec, own, bos)
-    elif Path(spec).suffix == ".gguf":
+    elif gguf.is_gguf(spec):
         model = _from_gguf(Path(spec), own, dtype, bos)
     elif (Path(spec) / "model.json").is_file():
         model = _from_saved_gpt(Path(spec), own, bos)
@@ -149,9 +149,9 @@ def _from_gguf(file: Path, tokenizer: Tokenizer | None, dtype: str, bos: str) ->
     """Convert the file to fp32 safetensors in the cache (once per content) and load that."""
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    folder, digest = gguf.converted(file)
-    general = gguf.general(file)
+    folder, digest = gguf.converted(file, with_tokenizer=tokenizer is None)
+    general = gguf.general(folder)
     return _from_hf(
         folder, tokenizer, dtype, bos, name=str(general.get("name") or file.stem), kind="gguf", source=str(file),
-        weights_hash=digest, licence=general.get("license"), extra={"file": file.name},
+        weights_hash=digest, licence=general.get("license"), extra={"file": file.name, "converter": gguf.CONVERTER},
     )  # fmt: skip
