@@ -237,6 +237,11 @@ def describe_device(device: torch.device, dtype: str | torch.dtype) -> str:
 
 def versions() -> dict[str, str]:
     """Versions for the provenance of a result: lldfast, python, torch (without importing it) and the data packages present."""
+    return dict(_versions())
+
+
+@functools.cache  # looking them up reads files, which would be a tenth of scoring a few texts
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("lldfast", "torch", *_DEPENDENCIES):
         try:
