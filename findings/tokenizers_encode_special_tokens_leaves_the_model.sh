@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# tokenizers 0.23.3: `encode_special_tokens = True` promises that special tokens in a text are encoded like any other text. It only
-# keeps the library from cutting them out of the text beforehand. The model sees their characters, and where "</s>" is an
-# entry of the vocabulary itself, as in every Unigram made from SentencePiece and in WordLevel, the model answers with its id:
-# the text forges the end of a document. In a BPE whose merges do not lead to the token it is spelled, as promised.
+# tokenizers 0.23.3: with `encode_special_tokens = True` a text in which the characters of a special token stand is said to be encoded like any
+# other. That concerns the cutting of a text beforehand only. Which pieces the rest becomes is left to the model, and where "</s>" is an
+# entry of the model's own vocabulary, as in every Unigram made from SentencePiece and in WordLevel, its id comes out all the same: a
+# corpus about HTML has document ends in the middle of documents. In a BPE whose merges do not lead to the token it is spelled out.
 #
-# Seen: on the text "a</s>b" with encode_special_tokens = True Unigram gives ['a', '</s>', 'b'], WordLevel (on "a </s> b") the same,
-#       BPE gives ['a', '<', '/', 's', '>', 'b']; a full-width "＜/s＞" comes to the same under an NFKC normalizer.
-# What to do: compare the ids with those of the control tokens, and encode such a text with a model that lacks their entries.
+# Seen: on the text "a</s>b" Unigram gives ['a', '</s>', 'b'], WordLevel (on "a </s> b") the same, BPE ['a', '<', '/', 's', '>', 'b'].
+# What to do: count the control tokens of what you have encoded: one at the end of each document, none elsewhere.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -15,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 
 cat >"$work/program.py" <<'PYTHON'
 import tokenizers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 letters = "ab</s>"
 vocab = {token: i for i, token in enumerate(["<unk>", "</s>", *dict.fromkeys(letters)])}
@@ -30,17 +29,14 @@ print("tokenizers", tokenizers.__version__)
 same = True
 for kind, model in made.items():
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.NFKC()
     if kind == "WordLevel":
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<unk>", "</s>"])
     tokenizer.encode_special_tokens = True
-    for text in ("a</s>b", "a\uff1c/s\uff1eb"):
-        if kind == "WordLevel":  # a word is an entry or unknown
-            text = text.replace("a", "a ").replace("b", " b")
-        tokens = tokenizer.encode(text).tokens
-        print(f"{kind:9} {text!r:14} {tokens}")
-        same &= tokens == expected[kind]
+    text = "a </s> b" if kind == "WordLevel" else "a</s>b"  # a word is an entry or unknown
+    tokens = tokenizer.encode(text).tokens
+    print(f"{kind:9} {text!r:10} {tokens}")
+    same &= tokens == expected[kind]
 raise SystemExit(0 if same else 1)
 PYTHON
 
