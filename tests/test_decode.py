@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lldfast.errors import InputError
-from lldfast.models.decode import GPTDecoder, HFDecoder, choose_token, draw, draw_levels, probabilities
+from lldfast.models.decode import GPTDecoder, HFDecoder, choose_token, decoder_of, draw, draw_levels, probabilities
 from lldfast.models.gpt import GPT, GPTConfig
+from lldfast.models.loading import load_model
 
 TINY = GPTConfig(vocab_size=128, valid_vocab=101, block_size=24, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -109,6 +110,44 @@ def test_hugging_face_models_decode_as_they_score(family):
             assert decoder.keep(kept)
             rows = rows[kept]
         torch.testing.assert_close(decoder.step(x[rows, at : at + 1]), want[rows, at, :90], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_sequence_that_grows_beyond_a_bound_is_seen_anew():
+    """Rope of type longrope turns all positions otherwise from there on."""
+    transformers = pytest.importorskip("transformers")
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [float(1 + i) for i in range(8)],
+        "rope_theta": 1e4,
+    }
+    sizes = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.Phi3Config(
+        **sizes, num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=8, rope_parameters=rope,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lm, x = load_model(transformers.Phi3ForCausalLM(config).eval(), tokenizer="bytes", bos="none"), ids(2, 14)
+    decoder = decoder_of(lm, 2, 14)
+    decoder.step(x[:, :4])
+    for at in range(4, 14):
+        got = decoder.step(x[:, at : at + 1])
+        torch.testing.assert_close(got, lm.logits(x[:, : at + 1])[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_learnt_prompt_stands_before_the_whole_text():
+    peft = pytest.importorskip("peft")
+    for config in (peft.PromptTuningConfig, peft.PrefixTuningConfig):
+        model = peft.get_peft_model(tiny("Llama"), config(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+        lm, x = load_model(model, tokenizer="bytes", bos="none"), ids(2, 9)
+        decoder = decoder_of(lm, 2, 9)
+        with pytest.warns(UserWarning, match="puts a learnt prompt before a text"):
+            decoder.step(x[:, :5])
+        for at in range(5, 9):
+            got = decoder.step(x[:, at : at + 1])
+            torch.testing.assert_close(got, lm.logits(x[:, : at + 1])[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_past_key_values_says_so():

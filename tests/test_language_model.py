@@ -1,6 +1,5 @@
 """models/language_model.py: taking models apart, first tokens, windows, identities."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -108,17 +107,17 @@ def test_the_head_carries_its_bias(bpe):
 def test_a_head_that_does_something_else_falls_back_to_logits(bpe):
     model = tiny("Llama")
     plain = model.forward
-    model.forward = lambda **kwargs: _twice(plain(**kwargs))
+    model.forward = lambda **kwargs: _squared(plain(**kwargs))
     scorer = load_model(model, tokenizer=bpe)
-    assert not scorer.separate_head and "differs from the model's logits" in scorer.identity["head"]
+    assert not scorer.separate_head and "not a scale and a soft cap" in scorer.identity["head"]
     with pytest.raises(InputError, match="cannot be told apart"):
         scorer.hidden(torch.zeros(1, 2, dtype=torch.long))
     with pytest.raises(InputError, match="cannot be told apart"):
         scorer.head()
 
 
-def _twice(out):
-    out.logits = out.logits * 2
+def _squared(out):
+    out.logits = out.logits.square()
     return out
 
 
@@ -264,6 +263,20 @@ def test_identity_follows_weights_in_training():
     with torch.no_grad():
         gpt.wte.weight[0, 0] += 1
     assert scorer.identity["hash"] != before["hash"]
+
+
+def test_identity_of_a_loaded_model_follows_its_weights(tmp_path, bpe):
+    tiny("Llama").save_pretrained(tmp_path)
+    bpe.save(tmp_path)
+    scorer = load_model(tmp_path)
+    of_the_file = scorer.identity["hash"]
+    assert scorer.to("cpu").identity["hash"] == of_the_file
+    with torch.no_grad():
+        scorer.module.lm_head.weight[0, 0] += 1
+    changed = scorer.identity["hash"]
+    assert changed != of_the_file
+    scorer.module.lm_head.weight = torch.nn.Parameter(scorer.module.lm_head.weight.detach() * 2)
+    assert scorer.identity["hash"] not in (of_the_file, changed)
 
 
 def test_hugging_face_folder(tmp_path, bpe):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -608,14 +609,36 @@ def test_an_adapters_identity_is_of_both_parts(adapter):
     assert len({first, second, identity()}) == 3
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("PromptTuningConfig", {"num_virtual_tokens": 3}), ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
-     ("LoraConfig", {"alora_invocation_tokens": [5, 6]})],
-)  # fmt: skip
-def test_adapters_that_change_more_than_layers_are_refused(kind, options):
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_a_learnt_prompt_is_read_and_takes_places(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    base = tmp_path / "base"
+    write(base, tiny())
+    prompt = getattr(peft, kind)(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), prompt).eval()
+    for weight in model.prompt_encoder.parameters():
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "adapter")
+    plain, memory, file = (load_model(spec, tokenizer="bytes") for spec in (base, model, tmp_path / "adapter"))
+    assert memory.context_length == file.context_length == plain.context_length - 5
+    want = []
+    for text in TEXTS.texts:
+        ids = torch.tensor([[256, *text.encode()]])
+        with torch.no_grad():
+            rows = model(input_ids=ids).logits[0, -ids.shape[1] :].double().log_softmax(-1)
+        want.append(float(rows[:-1].gather(-1, ids[0, 1:, None]).sum()))
+    for lm in (memory, file):
+        np.testing.assert_allclose(score(lm, TEXTS).logprob, want, rtol=1e-5)
+    assert (np.abs(score(plain, TEXTS).logprob - want) > 1e-3).all()
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({"prompt": load_file(weights)["prompt_embeddings"]}, weights)
+    with pytest.raises(InputError, match="adapter into its base model: there is no 'prompt_embeddings'"):
+        load_model(tmp_path / "adapter", tokenizer="bytes")
+
+
+def test_adapters_that_act_in_a_part_of_a_text_are_refused():
     with pytest.raises(InputError, match="not supported"):
-        load_model(with_adapter(tiny(), kind=kind, task_type="CAUSAL_LM", **options), tokenizer="bytes")
+        load_model(with_adapter(tiny(), alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"), tokenizer="bytes")
 
 
 def test_an_adapter_without_peft(adapter, monkeypatch):

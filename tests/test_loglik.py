@@ -140,7 +140,7 @@ def test_a_model_without_a_separate_head_gives_the_same(bpe, texts):
     model = tiny_hf("Llama", bpe.vocab_size)
     whole = load_model(model, tokenizer=bpe)
     want = score(whole, texts)
-    whole._head, whole.separate_head, whole.head_note = None, False, "logits (for the test)"
+    whole.separate_head = False
     got = score(whole, texts)
     np.testing.assert_allclose(got.logprob, want.logprob, rtol=1e-6, atol=1e-4)
     assert got.meta["model"]["head"].startswith("logits")

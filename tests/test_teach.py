@@ -380,7 +380,7 @@ def test_tokens_outside_the_vocabulary(tmp_path, corpus, monkeypatch):
     with pytest.raises(CorruptError, match=r"Prose\.bin: token id 999 at position 37 of domain 'Prose'"):
         quiet(teacher(), tmp_path, tmp_path / "out", k=5)
     small = LanguageModel.from_gpt(GPT("test-tiny", seed=0), BYTES, "small")
-    small.vocab_size = 100
+    monkeypatch.setattr(LanguageModel, "vocab_size", 100)
     with pytest.raises(InputError, match=r"has token \d+ at position \d+, outside the vocabulary of 100 of teacher small"):
         quiet(small, corpus, tmp_path / "other", k=5)
 

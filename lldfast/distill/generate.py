@@ -233,6 +233,8 @@ def _generated(
     _check_same(work, state, config)
     prompts = {name: Prompts(shards, name, sampling) for name in wanted if name not in state["domains"]}  # all errors now
     tokenizer, stems = shards.load_tokenizer(), file_stems(wanted)
+    if model.together.alone:
+        batch_size = 1
     with evaluating(model), progress_bar("generating", sum(wanted.values()), unit=" tokens", scale=False, show=progress) as bar:
         bar.update(sum(wanted[name] for name in state["domains"]))
         bar.initial = bar.n  # what an earlier run did is no part of this run's speed

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lldfast.distill.cache import TeacherCache
 from lldfast.errors import InputError
+from lldfast.models.head import Head
 from lldfast.models.language_model import LanguageModel
 from lldfast.ops.distill.loss import DistillTokens, distill_loss, distill_loss_from_logits, distill_loss_topk
 from lldfast.ops.distill.options import DistillOptions
@@ -51,7 +52,7 @@ class Distillation:
         self, options: Callable[[int], DistillOptions], teacher: LanguageModel | TeacherCache, *, domains: list[str]
     ) -> None:
         self.options, self.teacher, self.domains = options, teacher, domains
-        self._head: dict[str, Any] = {}
+        self._head = TeacherHead()
 
     def __call__(self, step: int, hidden: Tensor, weight: Tensor, vocab: int, rows: Rows) -> tuple[Tensor, Tensor]:
         chosen = self.options(step)
@@ -69,20 +70,38 @@ class Distillation:
         ids = rows.x.to(teacher.device)
         own_dtype = torch.autocast(teacher.device.type, enabled=False)  # distill.dtype, whatever the student computes in
         if not teacher.separate_head:  # its logits are alive for these rows, and so are the student's
+            teacher.note_full_logits(ids.numel())
             with torch.no_grad(), own_dtype:
                 logits = teacher.logits(ids).to(hidden.device)
             return distill_loss_from_logits(hidden @ weight.T, logits, rows.y, **options)
         with torch.no_grad(), own_dtype:
             theirs = teacher.hidden(ids).to(hidden.device)
-        if not self._head:
-            head = teacher.head()
-            self._head = {
-                "teacher_weight": head.weight[: head.valid_vocab].detach().to(hidden.device),
-                "teacher_bias": None if head.bias is None else head.bias[: head.valid_vocab].detach().to(hidden.device),
-                "teacher_softcap": head.softcap,
-                "teacher_logit_scale": head.logit_scale,
-            }
-        return distill_loss(hidden, weight, theirs, labels=rows.y, **self._head, **options)
+        of_teacher = self._head.options(teacher.head(), hidden.device)
+        return distill_loss(hidden, weight, theirs, labels=rows.y, **of_teacher, **options)
+
+
+class TeacherHead:
+    """The teacher's head where the student is: copied to another device once for as long as it is the same."""
+
+    def __init__(self) -> None:
+        self._copied: tuple[Any, ...] = ()
+        self._copies: tuple[Tensor, Tensor | None] | None = None
+
+    def options(self, head: Head, device: torch.device) -> dict[str, Any]:
+        """Keyword arguments of `distill_loss`."""
+        parts = (head.weight, head.bias)
+        now = (device, *((id(x), None if x is None or x.is_inference() else x._version) for x in parts), head.valid_vocab)
+        if self._copies is None or now != self._copied:
+            weight, bias = (None if x is None else x[: head.valid_vocab].detach().to(device) for x in parts)
+            assert weight is not None
+            self._copied, self._copies = now, (weight, bias)
+        weight, bias = self._copies
+        return {
+            "teacher_weight": weight,
+            "teacher_bias": bias,
+            "teacher_softcap": head.softcap,
+            "teacher_logit_scale": head.logit_scale,
+        }
 
 
 def teacher_identity(teacher: LanguageModel | TeacherCache) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from lldfast.gram.result import GramEstimate
 from lldfast.gram.ridge import auto_ridge
 from lldfast.gram.rows import BYTES, GradientRows, row_bytes
 from lldfast.gram.sketch_error import effective_size, relative_error, rounding_error, size_for
-from lldfast.models.batches import batches, evaluating, token_logprobs
+from lldfast.models.batches import batches, evaluating, gradient_tokens, token_logprobs
 from lldfast.models.gpt import GPT
 from lldfast.models.language_model import LanguageModel, Segment
 from lldfast.models.loading import load_model
@@ -124,7 +124,7 @@ def estimate(
     for name in domains:
         if not sum(int(tokens[part].sum()) for part in split[name]):
             raise InputError(f"gram.estimate: the texts of domain {name!r} have no scored token")
-    work = _Work(model, evalset, segments, split, tokens, batch_tokens)
+    work = _Work(model, evalset, segments, split, tokens, gradient_tokens(model, batch_tokens))
     device = model.device
     made = None
     if precondition is not None:
@@ -303,7 +303,7 @@ class _Work:
     def backward(self, texts: Ints, collector: Collector | None = None) -> None:
         which = [i for text in texts.tolist() for i in self.of_text.get(text, [])]
         with torch.enable_grad():
-            parts = list(batches(self.segments, self.batch, which))
+            parts = list(batches(self.segments, self.batch, which, together=self.model.together))
             for i, batch in enumerate(parts):
                 total = token_logprobs(self.model, batch.to(self.model.device)).sum()
                 if collector is not None and i + 1 == len(parts):

@@ -144,7 +144,7 @@ class BatchRun:
 
     def forward_backward(self) -> None:
         model = self.setting.model
-        with torch.enable_grad(), self.hooked():
+        with torch.enable_grad(), model.settled(), self.hooked():
             if model.separate_head:
                 hidden = model.hidden(self.batch.ids)
             else:

@@ -15,7 +15,7 @@ from lldfast.data.evalset import EvalSet
 from lldfast.errors import InputError
 from lldfast.gram.result import GramEstimate
 from lldfast.measure.score import score
-from lldfast.models.batches import batches, evaluating, token_logprobs
+from lldfast.models.batches import batches, evaluating, gradient_tokens, token_logprobs
 from lldfast.models.language_model import LanguageModel
 from lldfast.weights.simplex import Values, simplex
 
@@ -174,8 +174,9 @@ def _loss_gradient(
     for segment in segments:
         tokens[evalset.domain[segment.text]] += len(segment) - segment.first
     factor = np.array([weights[evalset.domain[s.text]] / tokens[evalset.domain[s.text]] for s in segments])
+    most = gradient_tokens(model, batch_tokens)
     with evaluating(model), torch.enable_grad():
-        for batch in batches(segments, batch_tokens, np.flatnonzero(factor)):
+        for batch in batches(segments, most, np.flatnonzero(factor), together=model.together):
             each = torch.from_numpy(factor[batch.segment]).to(model.device)
             values = token_logprobs(model, batch.to(model.device)).sum(1)
             (-(values * each.to(values.dtype)).sum()).backward()

@@ -34,6 +34,7 @@ from lldfast.gram.collector import Layout
 from lldfast.gram.hooks import BatchRun, NotSeparable, Setting, Slot
 from lldfast.models.batches import IGNORE, SegmentBatch, evaluating, layer_tokens, token_logprobs
 from lldfast.models.language_model import LanguageModel, Segment
+from lldfast.models.together import Together
 from lldfast.ops.sketch.fold import check_k, fold
 from lldfast.ops.sketch.philox import check_seed
 
@@ -105,7 +106,9 @@ def per_text(
         texts[segment.text].append(segment)
         n_tokens[segment.text] += len(segment) - segment.first
     with evaluating(model):
-        for which, windows in _batches(texts, layer_tokens(model, batch_tokens), batch_tokens, model.device):
+        most = layer_tokens(model, batch_tokens)
+        for which, windows in _batches(texts, most, batch_tokens, model.device, model.together):
+            _check_windows(model, which, windows)
             out, square = engine.batch(windows)
             bad = ~(torch.isfinite(square) & torch.isfinite(out.sum(1)))
             if bool(bad.any()):
@@ -116,30 +119,49 @@ def per_text(
 
 
 def _batches(
-    texts: dict[int, list[Segment]], tokens: int, most: int, device: torch.device
+    texts: dict[int, list[Segment]], tokens: int, most: int, device: torch.device, together: Together
 ) -> Iterator[tuple[list[int], list[list[Segment]]]]:
     """Numbers of texts, and their windows. Texts of a batch have as many windows each; longest first shows a lack of memory."""
     order = sorted(texts, key=lambda text: (-len(texts[text]), -len(texts[text][0]), text))
+
+    def lengths(text: int) -> list[int]:
+        return [together.inputs(len(w.ids)) for w in texts[text]]
+
     while order:
         windows = texts[order[0]]
-        each = len(windows) * max(len(w) for w in windows)
+        each = len(windows) * max(lengths(order[0]))
         # a CPU's threads have a text each
         threads = torch.get_num_threads() if device.type == "cpu" else 1
         n = max(tokens // each, min(threads, most // each), 1)
         if n > 1 and n * len(windows) == each // len(windows):
             n -= 1  # as many rows as tokens in each, and another order of dimensions would pass for this one
-        which = [text for text in order[:n] if len(texts[text]) == len(windows)]
+        if together.alone:
+            n = 1
+        kind = [together.group(length) for length in lengths(order[0])]
+        which = [text for text in order[:n] if [together.group(length) for length in lengths(text)] == kind]
         order = order[len(which) :]
         yield which, [texts[text] for text in which]
 
 
-def _batch(windows: Sequence[Sequence[Segment]], device: torch.device) -> SegmentBatch:
+def _check_windows(model: LanguageModel, which: list[int], windows: list[list[Segment]]) -> None:
+    """A text's own windows share a batch too."""
+    together = model.together
+    apart = len({together.group(together.inputs(len(w.ids))) for of_text in windows for w in of_text}) > 1
+    if apart or (together.alone and any(len(of_text) > 1 for of_text in windows)):
+        raise InputError(
+            f"per_text: text {which[0]} has several windows, and {model.name} gives them other values in one batch than alone; "
+            "use the collector for this model"
+        )
+
+
+def _batch(windows: Sequence[Sequence[Segment]], device: torch.device, together: Together) -> SegmentBatch:
     """ids and labels [texts * windows of each, T]."""
     rows = [segment for of_text in windows for segment in of_text]
-    time = max(len(segment) for segment in rows)
+    lengths = [together.inputs(len(segment.ids)) for segment in rows]
+    time = max(lengths)
     ids, labels = np.zeros((len(rows), time), np.int64), np.full((len(rows), time), IGNORE, np.int64)
     for row, s in enumerate(rows):
-        ids[row, : len(s)] = s.ids[:-1]
+        ids[row, : lengths[row]] = s.ids[: lengths[row]]
         labels[row, s.first : len(s)] = s.ids[1 + s.first :]
     return SegmentBatch(torch.from_numpy(ids), torch.from_numpy(labels), np.arange(len(rows))).to(device)
 
@@ -176,7 +198,12 @@ class _Engine:
         return torch.cat([out for out, _ in found]), torch.cat([square for _, square in found])
 
     def together(self, windows: list[list[Segment]]) -> tuple[Tensor, Tensor]:
-        run = BatchRun(self.setting, _batch(windows, self.model.device), len(windows), PROJECTIONS if not self.checked else 0)
+        run = BatchRun(
+            self.setting,
+            _batch(windows, self.model.device, self.model.together),
+            len(windows),
+            PROJECTIONS if not self.checked else 0,
+        )
         kept = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None

@@ -127,7 +127,8 @@ def token_kl(
     segments = (a if a.context_length <= b.context_length else b).tokenize(evalset)
     sums = np.zeros(len(segments))
     with evaluating(a), evaluating(b), torch.inference_mode():
-        for batch in batches(segments, min(layer_tokens(a, batch_tokens), layer_tokens(b, batch_tokens))):
+        most = min(layer_tokens(a, batch_tokens), layer_tokens(b, batch_tokens))
+        for batch in batches(segments, most, together=a.together.and_also(b.together)):
             sums[batch.segment] = _batch_kl(a, b, batch, vocab).sum(1).numpy()
     nats = np.zeros(len(evalset))
     np.add.at(nats, np.array([s.text for s in segments], np.int64), sums)

@@ -18,11 +18,12 @@ from lldfast.errors import InputError
 from lldfast.files import read_json
 from lldfast.models.checkpoint_files import stored_tensors
 from lldfast.models.pretrained import check_loaded, explained
-from lldfast.models.wrappers import plain_name, unwrap
+from lldfast.models.wrappers import learnt_prompt, plain_name, unwrap
 
 CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # in the order in which peft looks for them
 NAME = "default"
+PROMPT = "prompt_embeddings"  # the one weight in the file of a learnt prompt
 
 
 def is_adapter(folder: Path) -> bool:
@@ -61,7 +62,7 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def put_into(base: nn.Module, folder: Path) -> nn.Module:
-    """`base` with the adapter in its layers, in evaluation mode; the same object.
+    """`base` with the adapter in its layers, in evaluation mode; the same object, or with a learnt prompt the PEFT model of it.
 
     The adapter stays apart from the weights that it adds to: adding them up would round, in bf16 by as much as it changes.
 
@@ -75,7 +76,7 @@ def put_into(base: nn.Module, folder: Path) -> nn.Module:
     with explained(folder, f"peft cannot put the adapter {folder} into its base model"):
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        wrapped = peft.PeftModel(base, config, NAME)
+        wrapped = peft.PeftModelForCausalLM(base, config, NAME)
         inner = unwrap(wrapped)
         mapping = getattr(base, "_checkpoint_conversion_mapping", None)
         read = peft.utils.load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
@@ -84,6 +85,8 @@ def put_into(base: nn.Module, folder: Path) -> nn.Module:
             raise InputError("two of its weights have one name once wrappers' parts are taken out")
         result = peft.set_peft_model_state_dict(wrapped, weights, adapter_name=NAME)
     report = {"missing_keys": _missing(wrapped, result.missing_keys), "unexpected_keys": result.unexpected_keys}
+    if learnt_prompt(wrapped):  # under this one name in the file, and under another in the model, which peft's report misses
+        report = {"missing_keys": {PROMPT} - weights.keys(), "unexpected_keys": weights.keys() - {PROMPT}}
     check_loaded(report, f"adapter {folder}")
     changed = next((name for name in stored if plain_name(name) != name), None)
     if changed is not None:

@@ -21,6 +21,7 @@ from lldfast.errors import InputError
 from lldfast.models.gpt import DTYPES
 from lldfast.models.language_model import LanguageModel, Segment
 from lldfast.models.modes import evaluation_mode
+from lldfast.models.together import ANY, Together
 from lldfast.ops.linear_logprob import linear_logprob
 from lldfast.ops.logprob import logprob
 from lldfast.ops.segments import SegmentSums
@@ -49,27 +50,31 @@ class SegmentBatch:
         return SegmentBatch(self.ids.to(device), self.labels.to(device), self.segment)
 
 
-def batches(segments: Sequence[Segment], batch_tokens: int, which: npt.ArrayLike | None = None) -> Iterator[SegmentBatch]:
+def batches(
+    segments: Sequence[Segment], batch_tokens: int, which: npt.ArrayLike | None = None, *, together: Together = ANY
+) -> Iterator[SegmentBatch]:
     """Pack segments (or those at indices `which`), longest first, into batches of at most `batch_tokens` tokens with padding.
 
-    A segment longer than that is a batch of its own. Longest first shows a lack of memory at once.
+    A segment longer than that is a batch of its own. Longest first shows a lack of memory at once. Which segments may share a
+    batch `together` says: `LanguageModel.together` of the model that sees them.
     """
     if batch_tokens < 1:
         raise InputError(f"batch_tokens must be positive, not {batch_tokens}")
     chosen = np.arange(len(segments)) if which is None else np.asarray(which, np.int64)
-    lengths = np.array([len(segments[i]) for i in chosen], np.int64)
-    chosen = chosen[np.argsort(-lengths, kind="stable")]
+    lengths = np.array([together.inputs(len(segment.ids)) for segment in segments], np.int64)
+    chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
     start = 0
     while start < len(chosen):
-        longest = len(segments[chosen[start]])
-        rows = chosen[start : start + max(1, batch_tokens // longest)]
+        longest = lengths[chosen[start]]
+        most = 1 if together.alone else max(1, batch_tokens // longest)
+        rows = [i for i in chosen[start : start + most] if together.group(lengths[i]) == together.group(longest)]
         ids = np.zeros((len(rows), longest), np.int64)
         labels = np.full((len(rows), longest), IGNORE, np.int64)
         for row, i in enumerate(rows):
             s = segments[i]
-            ids[row, : len(s)] = s.ids[:-1]
+            ids[row, : lengths[i]] = s.ids[: lengths[i]]
             labels[row, s.first : len(s)] = s.ids[1 + s.first :]
-        yield SegmentBatch(torch.from_numpy(ids), torch.from_numpy(labels), rows)
+        yield SegmentBatch(torch.from_numpy(ids), torch.from_numpy(labels), np.array(rows, np.int64))
         start += len(rows)
 
 
@@ -111,12 +116,21 @@ def token_logprobs(
 
 
 def layer_tokens(model: LanguageModel, batch_tokens: int) -> int:
-    """batch_tokens, or less where a larger batch would only cost memory or time."""
+    """batch_tokens, or less where a larger batch would only cost memory or time; asked before a pass over texts."""
+    model.look_again()
     if not model.separate_head:
-        return max(1, min(batch_tokens, LOGITS_BYTES // (4 * model.vocab_size)))
+        tokens = max(1, min(batch_tokens, LOGITS_BYTES // (4 * model.vocab_size)))
+        model.note_full_logits(tokens)
+        return tokens
     if model.device.type == "cpu":
         return min(batch_tokens, max(256, CPU_ACTIVATION_BYTES // (16 * model.head().weight.shape[1])))
     return batch_tokens
+
+
+def gradient_tokens(model: LanguageModel, batch_tokens: int) -> int:
+    """batch_tokens for a pass with gradients, or less where full logits are alive; asked before a pass over texts."""
+    most = layer_tokens(model, batch_tokens)
+    return batch_tokens if model.separate_head else most
 
 
 def evaluating(model: LanguageModel) -> contextlib.AbstractContextManager[None]:
@@ -152,7 +166,7 @@ def segment_sums(
         sums.add(values, np.concatenate(segment))
         waiting.clear()
 
-    for batch in batches(segments, layer_tokens(model, batch_tokens)):
+    for batch in batches(segments, layer_tokens(model, batch_tokens), together=model.together):
         on_device = batch.to(model.device)
         scored = on_device.labels != IGNORE
         if model.separate_head:

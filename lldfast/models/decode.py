@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -80,47 +81,53 @@ def _block(block: Block, x: Tensor, cache: Tensor, start: int, end: int, mask: T
 class HFDecoder:
     """Incremental evaluation of a Hugging Face model by its own past_key_values, in the mode (training or not) it is in.
 
-    A model that returns none (state-space models name theirs otherwise) is run over the whole sequences at every step, with a
-    warning: right, but slow.
+    A model that returns none (state-space models name theirs otherwise), or that puts a learnt prompt before what it is given, is
+    run over the whole sequences at every step, with a warning: right, but slow.
 
     Args:
         model: a causal language model of transformers.
         vocab: ids from here on get no logit; default all.
+        bounds: lengths above which the model sees all positions in another way (`Together.bounds`); keys and values of a sequence
+            are made anew when it grows beyond one.
     """
 
-    def __init__(self, model: Any, vocab: int | None = None) -> None:
-        self.model, self._vocab = model, vocab
+    def __init__(self, model: Any, vocab: int | None = None, bounds: Sequence[int] = ()) -> None:
+        self.model, self._vocab, self._bounds = model, vocab, bounds
         # Where the model can, it computes the logits of the last position only.
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._past: Any = None
-        self._ids: Tensor | None = None  # of a model without past_key_values
+        self._ids: Tensor | None = None  # all so far
+        self._whole = False  # a model that is run over all of them at every step
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Append ids [B, n] (n is free at every call) and return the fp32 logits of the last position, [B, vocab]."""
-        if self._ids is not None:
-            self._ids = torch.cat((self._ids, ids), 1)
+        before = 0 if self._ids is None else self._ids.shape[1]
+        self._ids = ids if self._ids is None else torch.cat((self._ids, ids), 1)
+        if self._whole:
             out = self.model(input_ids=self._ids, use_cache=False, **self._options)
-        elif self._past is not None:
+        elif self._past is not None and not any(before <= bound < self._ids.shape[1] for bound in self._bounds):
             out = self.model(input_ids=ids, past_key_values=self._past, use_cache=True, **self._options)
             self._past = out.past_key_values
         else:
-            out = self.model(input_ids=ids, use_cache=True, **self._options)
+            out = self.model(input_ids=self._ids, use_cache=True, **self._options)
             self._past = getattr(out, "past_key_values", None)
-            if self._past is None:
-                name = type(self.model).__name__
-                warnings.warn(f"{name} returns no past_key_values: every token costs a pass over the whole text", stacklevel=2)
-                self._ids = ids
+            # peft puts such a prompt before every piece of a text that it is given.
+            prompted = getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
+            if self._past is None or prompted:
+                why = "puts a learnt prompt before a text" if prompted else "returns no past_key_values"
+                self._whole, name = True, type(self.model).__name__
+                warnings.warn(f"{name} {why}: every token costs a pass over the whole text", stacklevel=2)
         return out.logits[:, -1, : self._vocab].float()
 
     def keep(self, rows: Tensor) -> bool:
         """Go on with these sequences only, rows int64 [b] in their new order; False: all rows are there still."""
+        if not self._whole:
+            if not hasattr(self._past, "batch_select_indices"):
+                return False
+            self._past.batch_select_indices(rows)
         if self._ids is not None:
             self._ids = self._ids[rows]
-            return True
-        if not hasattr(self._past, "batch_select_indices"):
-            return False
-        self._past.batch_select_indices(rows)
         return True
 
 
@@ -128,7 +135,7 @@ def decoder_of(model: LanguageModel, batch: int, length: int, vocab: int | None 
     """A decoder for a batch of sequences of at most `length` tokens, whose logits end before id `vocab`."""
     if isinstance(model.module, GPT):
         return GPTDecoder(model.module, batch, length, vocab)
-    return HFDecoder(model.module, vocab)
+    return HFDecoder(model.module, vocab, model.together.bounds)
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:

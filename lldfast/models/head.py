@@ -1,20 +1,23 @@
-"""The output matrix of a causal language model, apart from the layers below it, found by name and then checked.
+"""The output matrix of a causal language model, apart from the layers below it, and what becomes of its products.
 
-A model whose head is a matrix on the last hidden state, followed at most by a scale and a soft cap, can be scored without the
-logits of a whole batch: `linear_logprob` takes hidden states and the matrix. Whether that is so is asked of the model itself, by
-a probe: the head applied to the hidden states must give the model's own logits.
+A model whose head is a matrix on hidden states, followed at most by a scale and a soft cap, can be scored without the logits of a
+whole batch: `linear_logprob` takes hidden states and the matrix. What follows the matrix is measured, not read from names in a
+configuration: in a run on a few tokens the output layer's products are replaced by test logits from 1e-6 to 1e4 of both signs,
+and the logits that the model then returns show scale and cap. So a head of zeros, or a dtype of few digits, hides nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lldfast.models.hf_config import config_int, text_config
+from lldfast.models.forward import MODEL_ERRORS, in_short, run, wrapped
+from lldfast.models.hf_config import scalars
 from lldfast.ops.chunks import transform_
 
 
@@ -39,41 +42,119 @@ class Head:
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "valid_vocab": self.valid_vocab}
 
 
-def take_apart(model: Any) -> tuple[Any, Head | None, int, str]:
-    """(trunk, head, vocabulary size, "weight" or why the head could not be taken apart), checked on a probe."""
-    config = text_config(model)
-    probe = torch.arange(1, 9)[None] % config_int(config, ("vocab_size",), 9)
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+class Measured(NamedTuple):
+    """What follows the output layer: `softcap(logit_scale * products)`, cut to valid_vocab ids."""
+
+    logit_scale: float
+    softcap: float | None
+    valid_vocab: int | None
+
+    def head(self, layer: nn.Linear) -> Head:
+        """With the layer's parameters of now."""
+        return Head(layer.weight, layer.bias, self.softcap, self.logit_scale, self.valid_vocab)
+
+
+class NotApart(Exception):
+    """Why a model's head cannot be told apart from the rest."""
+
+
+def output_layer(module: Any) -> nn.Linear:
+    """
+    Raises:
+        NotApart: the module has none, or it computes something else than a matrix product and a bias.
+    """
+    layer = getattr(module, "get_output_embeddings", lambda: None)()
+    if layer is None:
+        raise NotApart("the model names no output layer")
+    weight: Any = getattr(layer, "weight", None)
+    # A subclass, a replaced `forward` or a weight of a kind of its own (quantised, sharded) may compute anything.
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer) and type(weight) in (nn.Parameter, Tensor)
+    if not plain or not weight.is_floating_point():
+        raise NotApart(f"no plain output matrix: the output layer is a {type(layer).__module__}.{type(layer).__qualname__}")
+    return layer
+
+
+def measure(module: Any, ids: Tensor) -> Measured:
+    """Find out what the module does to the products of its output layer, from a run on ids [1, T]; a few rows of logits are made.
+
+    Raises:
+        NotApart: saying why.
+    """
+    layer, given = output_layer(module), []
+
+    def replace(_: nn.Module, __: Any, products: Tensor) -> Tensor:
+        given.append(_test_logits(products))
+        return given[-1].clone()  # the model may work in place
+
+    # Before all other hooks, so that what these do belongs to what is measured.
+    handle = layer.register_forward_hook(replace, prepend=True)
     try:
-        with torch.no_grad():
-            expected = model(input_ids=probe.to(device), use_cache=False).logits
-            vocab = expected.shape[-1]
-            head, note = _find_head(model, config)
-            if head is None:
-                return None, None, vocab, f"logits ({note})"
-            trunk = model.base_model
-            hidden = trunk(input_ids=probe.to(device), use_cache=False).last_hidden_state
-            if hidden.shape[-1] != head.weight.shape[1] or head.weight.shape[0] != vocab:
-                return None, None, vocab, "logits (the head is not a matrix on the last hidden state)"
-            # The same products, perhaps summed in another order: some roundings of the dtype apart at most.
-            tolerance = 64 * torch.finfo(expected.dtype).eps * (1 + expected.float().abs().max())
-            gap = (head.logits(hidden).float() - expected.float()).abs().max()
+        with torch.enable_grad():
+            logits = getattr(run(module, ids), "logits", None)
+    except MODEL_ERRORS as error:  # a model that cannot go on with these logits does more to them than is measured here
+        raise NotApart(f"it does not run with other logits: {in_short(error)}") from None
     finally:
-        model.train(training)
-    if not bool(gap <= tolerance):
-        return None, None, vocab, f"logits (head times hidden state differs from the model's logits by {float(gap):.3g})"
-    return trunk, head, vocab, "weight"
+        handle.remove()
+    if len(given) != 1:
+        raise NotApart(f"its output layer is used {len(given)} times")
+    z = given[0]
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != z.shape[:-1] or logits.shape[-1] > z.shape[-1]:
+        raise NotApart("its logits are not the products of its output layer, row by row")
+    if logits.requires_grad:
+        raise NotApart("trainable parameters stand behind its output layer")
+    vocab = logits.shape[-1]
+    known = _numbers(value for source in (getattr(module, "config", None), *wrapped(module)) for _, value in scalars(source))
+    test, returned = (x.detach().flatten().cpu().double() for x in (z[..., :vocab], logits))
+    found = fit(test, returned, logits.dtype, known)
+    if found is None:
+        raise NotApart("its logits are not a scale and a soft cap of the output layer's products")
+    return Measured(*found, valid_vocab=None if vocab == z.shape[-1] else vocab)
 
 
-def _find_head(model: Any, config: Any) -> tuple[Head | None, str]:
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    trunk = getattr(model, "base_model", model)
-    if not isinstance(embeddings, nn.Linear) or not embeddings.weight.is_floating_point():
-        return None, "no plain output matrix"
-    if trunk is model:
-        return None, "the model has no trunk of its own"
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return Head(embeddings.weight, embeddings.bias, None if cap is None else float(cap), scale), ""
+def _test_logits(products: Tensor) -> Tensor:
+    """Numbers of both signs from 1e-6 to 3e4, as many small as large ones, in at least fp32."""
+    generator, n = torch.Generator().manual_seed(0), products.numel()
+    powers = torch.linspace(-20, 15, n, dtype=torch.float64)[torch.randperm(n, generator=generator)]
+    signs = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
+    dtype = torch.promote_types(products.dtype, torch.float32)
+    return (signs * torch.exp2(powers)).view(products.shape).to(products.device, dtype)
+
+
+def _numbers(values: Iterable[Any]) -> list[float]:
+    """Scales that a configuration may have meant: its numbers, and 1 by each of them."""
+    found = {float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < abs(v) < 1e6}
+    return [1.0, *sorted(found), *sorted(1 / v for v in found)]
+
+
+def fit(z: Tensor, y: Tensor, dtype: torch.dtype, known: list[float]) -> tuple[float, float | None] | None:
+    """(scale, cap or None) with y = cap tanh(scale z / cap), or y = scale z, for all of z, y fp64 [n]; None when there are none.
+
+    Args:
+        dtype: that y was computed in. Every value must agree to a few of its roundings, relative to the value itself.
+        known: numbers that scale and cap are taken for where they agree; of 16 bits no other can be read to the digits it needs.
+    """
+    eps = torch.finfo(dtype).eps
+    size = z.abs()
+    small = size <= 2.0**-18  # no cap shows there
+    scale = _exact(float((y[small] / z[small]).median()), known, 4 * eps, dtype)
+    if scale is None or not bool(y.isfinite().all()):
+        return None
+
+    def fits(want: Tensor) -> bool:
+        return bool(((y - want).abs() <= 8 * eps * want.abs()).all())
+
+    if fits(scale * z):
+        return scale, None
+    cap = _exact(float(y.abs().max()), known, 4 * eps, dtype)
+    if cap is None or not fits(transform_(z.clone(), None, cap, scale)):
+        return None
+    return scale, cap
+
+
+def _exact(value: float, known: list[float], tolerance: float, dtype: torch.dtype) -> float | None:
+    if value == 0 or value != value:
+        return None
+    nearest = min(known, key=lambda number: abs(number - value))
+    if abs(nearest - value) <= tolerance * abs(value):
+        return nearest
+    return value if dtype.itemsize >= 4 else None

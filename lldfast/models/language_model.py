@@ -1,8 +1,9 @@
 """Any causal language model behind one interface: hidden states and a head, a tokenizer, a rule for the first token.
 
 A `LanguageModel` wraps our GPT, a Hugging Face model or a GGUF file. `score` needs hidden states and the head apart, so that no
-logits of a whole batch are alive; head.py finds and checks them. A model whose head cannot be told apart is scored through its
-full logits, and `identity["head"]` says so.
+logits of a whole batch are alive; probe.py finds out whether that can be. A model whose head cannot be told apart is scored
+through its full logits, which a note and `identity["head"]` say. The module may change: its head is looked up at each use, and
+the probe is repeated where anything is different that it depends on.
 
 First token (`bos`): "auto" puts one token before every text, so that each of its tokens is scored: the tokenizer's BOS where
 the tokenizer itself would add it, else the end-of-text token, which separates documents in GPT-2-like training data, else a
@@ -15,8 +16,10 @@ the one before (the first with BOS), so that every token is scored exactly once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +33,13 @@ from lldfast.backends import pick_device
 from lldfast.data.evalset import EvalSet
 from lldfast.data.tokenizer import TextError, Tokenizer
 from lldfast.errors import InputError
+from lldfast.models.forward import forget_lengths, full_logits, head_input
 from lldfast.models.gpt import GPT
-from lldfast.models.head import Head, take_apart
+from lldfast.models.head import Head, output_layer
 from lldfast.models.identity import parameter_hash
+from lldfast.models.probe import Findings, fingerprint, probe
+from lldfast.models.together import ANY, Together
+from lldfast.terminal import note
 
 BOS_MODES = ("auto", "native", "none")
 TOKENIZED_SETS = 4  # tokenised evaluation sets kept per model: estimate, measure and some spare
@@ -56,8 +63,7 @@ class LanguageModel:
     Attributes:
         name: for people. tokenizer: its Tokenizer. module: the torch module that owns the parameters.
         bos, bos_id: the mode given, and the id put before each text (None: nothing, or "native").
-        context_length: most input tokens at once. vocab_size: ids the head tells apart.
-        separate_head: whether `hidden` and `head` work; otherwise `logits` is the only way.
+        context_length: most input tokens at once.
         identity: facts for provenance: name, kind, source, hash of the weights, licence, parameters, dtype, bos, head, extra.
     """
 
@@ -78,16 +84,13 @@ class LanguageModel:
         self.module, self.tokenizer, self.name, self.kind = module, tokenizer, name, kind
         self.context_length = context_length
         self._facts = {"source": source, "licence": licence, "extra": extra or {}}
-        self._weights_hash = weights_hash
+        self._weights_hash, self._weights_then = weights_hash, _state(module)
         self._set_bos(bos)
-        self.tokenized: OrderedDict[tuple[str, str, int, int], list[Segment]] = OrderedDict()
-        if isinstance(module, GPT):
-            self._trunk: Any = module
-            self._head: Head | None = None
-            self.separate_head, self.vocab_size, self.head_note = True, module.config.valid_vocab, "weight"
-        else:
-            self._trunk, self._head, self.vocab_size, self.head_note = take_apart(module)
-            self.separate_head = self._head is not None
+        self.tokenized: OrderedDict[tuple[str, str, int, int, int], list[Segment]] = OrderedDict()
+        self._found: Findings | None = None
+        self._found_for: list[Any] = []  # fingerprints, the deep one too, and versions of the weights where undecided
+        self._settled = self._whole = False
+        self._noted: set[str] = set()
         if self.bos_id is not None and self.bos_id >= self.vocab_size:
             raise InputError(f"{name}: the first token (id {self.bos_id}) is outside the model's vocabulary of {self.vocab_size}")
 
@@ -110,13 +113,99 @@ class LanguageModel:
         return next(self.module.parameters()).device
 
     @property
+    def vocab_size(self) -> int:
+        """Ids that the head tells apart."""
+        return self.module.config.valid_vocab if isinstance(self.module, GPT) else self._findings().vocab
+
+    @property
+    def separate_head(self) -> bool:
+        """Whether `hidden` and `head` work; otherwise `logits` is the only way. Set to False it stays so."""
+        return not self._whole and (isinstance(self.module, GPT) or self._findings().measured is not None)
+
+    @separate_head.setter
+    def separate_head(self, wanted: bool) -> None:
+        self._whole = not wanted
+
+    @property
+    def head_note(self) -> str:
+        """ "weight", or "logits" and why the head cannot be told apart."""
+        if self._whole:
+            return "logits (as was asked for)"
+        return "weight" if self.separate_head else f"logits ({self._findings().reason})"
+
+    @property
+    def together(self) -> Together:
+        """Which texts may share a batch."""
+        found = ANY if isinstance(self.module, GPT) else self._findings().together
+        return found._replace(room=self.context_length)
+
+    def look_again(self) -> None:
+        """Before a pass over texts: probe the model again where something deep inside has changed since, too.
+
+        Raises:
+            InputError: it is not causal now, or draws random numbers.
+        """
+        if not isinstance(self.module, GPT):
+            self._findings(deep=True)
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, the model is taken for what it is now: hooks that the caller puts on its modules are no change of it."""
+        if not isinstance(self.module, GPT):
+            self._findings()
+        before, self._settled = self._settled, True
+        try:
+            yield
+        finally:
+            self._settled = before
+
+    def _findings(self, deep: bool = False) -> Findings:
+        """Of the module as it is.
+
+        Raises:
+            InputError: it is not causal, draws random numbers, or does not run on token ids alone.
+        """
+        if self._found is not None and self._settled:
+            return self._found
+        now = [fingerprint(self.module), fingerprint(self.module, deep=True) if deep or self._found is None else None]
+        if self._found is None or now[0] != self._found_for[0] or (deep and now[1] != self._found_for[1]) or self._undecided():
+            self._found = None  # what stood does so no longer, also where the probe raises
+            self._found = self._probed()
+            self._found_for = [now[0], now[1] or fingerprint(self.module, deep=True), _state(self.module)]
+        return self._found
+
+    def _undecided(self) -> bool:
+        """Tokens did not reach each other when the model was probed, and its weights have changed since."""
+        return self._found is not None and not self._found.decided and self._found_for[2] != _state(self.module)
+
+    def _probed(self) -> Findings:
+        try:
+            found = probe(self.module)
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from None
+        if found.together != ANY:
+            self._note(f"{self.name}: texts change each other's values in a batch: it gets {found.together}")
+        return found
+
+    def _note(self, text: str) -> None:
+        """Say it once for a model."""
+        if text not in self._noted:
+            self._noted.add(text)
+            note(text)
+
+    def note_full_logits(self, tokens: int) -> None:
+        """Say once why the model is scored through full logits, and what a batch of so many tokens costs in memory."""
+        need = f"{4 * tokens * self.vocab_size / 2**20:,.0f} MiB for {tokens:,} tokens x {self.vocab_size:,} ids"
+        self._note(f"{self.name}: scored through its full {self.head_note}: {need}, and more for a text longer than that")
+
+    @property
     def identity(self) -> dict[str, Any]:
         parameters = list(self.module.parameters())
         return {
             "name": self.name,
             "kind": self.kind,
             **self._facts,
-            "hash": self._weights_hash or parameter_hash(self.module),
+            "hash": self._hash(),
             "parameters": sum(p.numel() for p in parameters),
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
             "tokenizer": {"name": self.tokenizer.name, "hash": self.tokenizer.hash},
@@ -124,6 +213,12 @@ class LanguageModel:
             "context_length": self.context_length,
             "head": self.head_note,
         }
+
+    def _hash(self) -> str:
+        """Of the file, as long as the weights are the file's."""
+        if self._weights_hash is not None and self._weights_then == _state(self.module):
+            return self._weights_hash
+        return parameter_hash(self.module)
 
     def _set_bos(self, bos: str) -> None:
         if bos not in BOS_MODES:
@@ -156,24 +251,39 @@ class LanguageModel:
         return other
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """ids [B, T] -> hidden states [B, T, d] that the head is applied to; causal, so right padding changes nothing."""
+        """ids [B, T] -> hidden states [B, T, d] that the head is applied to.
+
+        Rows have the values that they have alone where the batch obeys `together`.
+        """
         if isinstance(self.module, GPT):
             return self.module(ids)
-        if not self.separate_head:
-            raise InputError(f"{self.name}: hidden states and head cannot be told apart ({self.head_note}); use logits()")
-        return self._trunk(input_ids=ids, use_cache=False).last_hidden_state
+        self._check_apart()
+        return self._run(head_input, ids)
 
     def head(self) -> Head:
         """The head with its current weights."""
         if isinstance(self.module, GPT):
             return Head(self.module.head_weight, valid_vocab=self.module.config.valid_vocab)
-        if self._head is None:
-            raise InputError(f"{self.name}: hidden states and head cannot be told apart ({self.head_note}); use logits()")
-        return self._head
+        self._check_apart()
+        measured = self._findings().measured
+        assert measured is not None
+        return measured.head(output_layer(self.module))
 
     def logits(self, ids: Tensor) -> Tensor:
-        """ids [B, T] -> the model's own logits [B, T, vocab_size]."""
-        return self.module.logits(ids) if isinstance(self.module, GPT) else self.module(input_ids=ids, use_cache=False).logits
+        """ids [B, T] -> the model's own logits [B, T, vocab_size]; see `hidden`."""
+        return self.module.logits(ids) if isinstance(self.module, GPT) else self._run(full_logits, ids)
+
+    def _check_apart(self) -> None:
+        if not self.separate_head:
+            raise InputError(f"{self.name}: hidden states and head cannot be told apart ({self.head_note}); use logits()")
+
+    def _run(self, values: Callable[[Any, Tensor], Tensor], ids: Tensor) -> Tensor:
+        together = self._findings().together
+        if together.alone and len(ids) > 1:
+            return torch.cat([values(self.module, row[None]) for row in ids])
+        if ids.shape[1] >= together.fresh_from:
+            forget_lengths(self.module, ids)
+        return values(self.module, ids)
 
     def tokenize(self, evalset: EvalSet, overlap: int = 0) -> list[Segment]:
         """Windows of all texts, in the order of the texts; kept for the last few evaluation sets.
@@ -187,7 +297,7 @@ class LanguageModel:
         """
         if not 0 <= overlap < self.context_length:
             raise InputError(f"overlap={overlap} must be in [0, {self.context_length}), the context length of {self.name}")
-        key = (evalset.hash, self.bos, self.context_length, overlap)
+        key = (evalset.hash, self.bos, self.context_length, overlap, self.vocab_size)
         if key not in self.tokenized:
             segments: list[Segment] = []
             for i, ids in enumerate(self._encode(evalset)):
@@ -222,3 +332,8 @@ def windows(text: int, ids: npt.NDArray[np.int64], context: int, overlap: int) -
         segments.append(Segment(text, ids[start : end + 1], scored - start))
         scored, start = end, end - overlap
     return segments
+
+
+def _state(module: nn.Module) -> int:
+    """Another number when a weight was changed in place or replaced."""
+    return hash(tuple((id(p), 0 if p.is_inference() else p._version) for p in module.parameters()))

@@ -138,9 +138,10 @@ def _from_adapter(folder: Path, tokenizer: Tokenizer | None, dtype: str, bos: st
     with naming(f"{folder}, base model"):
         module = load_pretrained(base, DTYPES[dtype], trust_remote_code=trust_remote_code)
         base_hash = folder_hash(Path(base)) if Path(base).is_dir() else parameter_hash(module)
+    adapted = adapters.put_into(module, folder)
     return LanguageModel(
-        adapters.put_into(module, folder), tokenizer, name=folder.name, kind="hf", source=str(folder), bos=bos,
-        context_length=context_length_of(module), weights_hash=joint_hash(base_hash, file_hash(*files)),
+        adapted, tokenizer, name=folder.name, kind="hf", source=str(folder), bos=bos,
+        context_length=context_length_of(adapted), weights_hash=joint_hash(base_hash, file_hash(*files)),
         licence=card_licence(folder), extra={"base": base},
     )  # fmt: skip
 

@@ -42,7 +42,8 @@ LEADING = ("base_model.model.", "model.")
 def unwrap(module: nn.Module) -> nn.Module:
     """The model inside wrappers that do not change its values; its parameters are the same objects.
 
-    A PEFT model gives the model that its adapters were put into: they act there, and both compute the same.
+    A PEFT model gives the model that its adapters were put into: they act there, and both compute the same. A learnt prompt acts
+    around the model, so then the PEFT model itself is the model.
 
     Raises:
         InputError: parameters are sharded or have no values here, or an adapter changes more than the model's layers.
@@ -53,6 +54,9 @@ def unwrap(module: nn.Module) -> nn.Module:
         if attribute is not None:
             module = getattr(module, attribute)
         elif "peft.peft_model.PeftModel" in names or "peft.mixed_model.PeftMixedModel" in names:
+            if learnt_prompt(module):
+                _check_whole(module)
+                return module
             module = _below_adapters(module)
         else:
             _check_whole(module)
@@ -98,6 +102,12 @@ def _class_names(module: nn.Module) -> list[str]:
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
+def learnt_prompt(module: nn.Module) -> int:
+    """Places that a learnt prompt takes before every text (prompt, prefix and P-tuning); 0 of a module that has none."""
+    config = getattr(module, "active_peft_config", None) if hasattr(module, "peft_config") else None
+    return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0  # type: ignore[union-attr]
+
+
 def _below_adapters(module: nn.Module) -> nn.Module:
     """The model that the adapters of a PEFT model were put into."""
     from peft.tuners.tuners_utils import BaseTuner
@@ -107,7 +117,7 @@ def _below_adapters(module: nn.Module) -> nn.Module:
         kind = getattr(config.peft_type, "value", config.peft_type)
         # AdaLoRA's own forward only adds a term to the loss; those of other kinds choose or weigh adapters by the input.
         own_forward = type(tuner).forward is not BaseTuner.forward and kind != "ADALORA"
-        if config.is_prompt_learning or not isinstance(tuner, BaseTuner) or own_forward:
+        if not isinstance(tuner, BaseTuner) or own_forward:
             raise InputError(f"PEFT adapter {name!r} is of type {kind}, which changes more than layers: not supported")
         if getattr(config, "alora_invocation_tokens", None):
             raise InputError(f"PEFT adapter {name!r} acts from its invocation tokens on (alora_invocation_tokens): not supported")
