@@ -33,6 +33,7 @@ LONGEST_PIECE = 128
 # Largest change of a position's values, relative to their norm, that is rounding: of sums in another order, through all layers.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 HALF_ROUNDING = 0.15
+HALF_SAME_SHAPE = 0.02
 # Gradients that no path leads to are 0, but for what cancels in sums of a whole chunk of positions.
 NO_GRADIENT = 1e-5
 
@@ -116,11 +117,17 @@ def _probe(module: Any, device: torch.device) -> Findings:
     except NotApart as why:
         measured, reason = None, str(why)
     values = functools.partial(full_logits if measured is None else head_input, module)
-    decided = _check_causal(module, values, ids[:LENGTH])
-    if measured is not None and len(ids) > 2 * LENGTH:  # no logits of so many rows
-        _check_causal(module, values, ids)
     rule = rule_of_config(text_config(module))
-    return Findings(measured, reason, vocab, rule.and_also(_neighbours(values, ids[: 2 * LENGTH], rule)), decided)
+    try:
+        decided = _check_causal(module, values, ids[:LENGTH])
+        if measured is not None and len(ids) > 2 * LENGTH:  # no logits of so many rows
+            _check_causal(module, values, ids)
+        together = rule.and_also(_neighbours(values, ids[: 2 * LENGTH], rule))
+    except InputError:
+        raise
+    except MODEL_ERRORS as error:  # some run on a few tokens and not on more
+        raise InputError(f"{name} does not run on {len(ids)} token ids: {in_short(error)}") from error
+    return Findings(measured, reason, vocab, together, decided)
 
 
 def _check_caught(module: Any, ids: Tensor) -> None:
@@ -154,14 +161,17 @@ def _moved(found: Tensor, want: Tensor) -> Tensor:
     return (found - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _differ(found: Tensor, want: Tensor) -> bool:
+def _differ(found: Tensor, want: Tensor, half: float = HALF_ROUNDING) -> bool:
     """Whether positions' values [T, d] differ by more than rounding does.
 
     In 16 bits rounding may send a token to another expert, which changes it altogether: there most positions must differ.
+
+    Args:
+        half: what rounding of 16 bits may be: less between runs of one shape, whose sums have one order.
     """
     moved = _moved(found, want)
     most = moved.max() if want.dtype.itemsize >= 4 else moved.median()
-    return bool(most > ROUNDING.get(want.dtype, HALF_ROUNDING))
+    return bool(most > ROUNDING.get(want.dtype, half))
 
 
 def _check_causal(module: Any, values: Callable[[Tensor], Tensor], ids: Tensor) -> bool:
@@ -177,14 +187,14 @@ def _check_causal(module: Any, values: Callable[[Tensor], Tensor], ids: Tensor) 
     first = values(ids[None])[0]
     if not bool(first.isfinite().all()):
         return False  # scoring names the text whose values are not finite
-    if _differ(values(ids[None])[0], first):
+    if _differ(values(ids[None])[0], first, HALF_SAME_SHAPE):
         raise InputError(
             f"{name} gives other values for the same tokens each time, in evaluation mode too: it draws random numbers, so a "
             "text has no log-likelihood under it"
         )
     changed = values(torch.cat((ids[:cut], _other(ids)[cut:]))[None])[0]
     before, after = _gradients(module, values, ids, cut)
-    if _differ(changed[:cut], first[:cut]) or after > NO_GRADIENT:
+    if _differ(changed[:cut], first[:cut], HALF_SAME_SHAPE) or after > NO_GRADIENT:
         raise InputError(f"{name} is not causal: tokens change the values at positions before them{_remedy(module)}")
     return before > 0 or bool((_moved(values(torch.cat((_other(ids)[:cut], ids[cut:]))[None])[0], first)[cut:] > 0).any())
 
@@ -209,7 +219,9 @@ def _gradients(module: Any, values: Callable[[Tensor], Tensor], ids: Tensor, cut
     leaves: list[Tensor] = []
 
     def leaf(_: nn.Module, __: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor) or not {1, len(ids)}.issuperset(output.shape[:-1]):  # some turn the two around
+        # [1, T, d], which some turn around, or longer than the text where the model puts a prompt of its own before it
+        rows = output.shape[:-1] if isinstance(output, Tensor) else torch.Size((0,))
+        if rows.numel() < len(ids) or rows.numel() != max(rows):
             return None
         leaves.append(output.detach().requires_grad_())
         return leaves[-1].clone()  # the model may work in place
@@ -226,7 +238,7 @@ def _gradients(module: Any, values: Callable[[Tensor], Tensor], ids: Tensor, cut
         return 0.0, 0.0
     finally:
         handle.remove()
-    norms = sum(g.cpu().double().reshape(-1, g.shape[-1]).square().sum(-1) for g in found if g is not None)
+    norms = sum(g.cpu().double().reshape(-1, g.shape[-1])[-len(ids) :].square().sum(-1) for g in found if g is not None)
     if not isinstance(norms, Tensor) or not float(norms.sum()) > 0:
         return 0.0, 0.0
     before, after = norms[: cut - 1].sum(), norms[cut:].sum()
