@@ -425,3 +425,91 @@ def test_fit_needs_every_value():
 def test_head_options():
     head = Head(torch.eye(3), torch.ones(3), 2.0, 0.5, 2)
     assert head.logits(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx([2 * np.tanh(0.5), 2 * np.tanh(0.75)])
+
+
+class Mixing(torch.nn.Module):
+    """A layer of a Llama after which `mix` changes the hidden states [B, T, d]."""
+
+    def __init__(self, layer, mix):
+        super().__init__()
+        self.layer, self.mix = layer, mix
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.mix(self.layer(*args, **kwargs))
+
+
+def mixing(mix):
+    model = tiny("Llama")
+    model.model.layers[-1] = Mixing(model.model.layers[-1], mix)
+    return model
+
+
+def in_blocks(size):
+    """Every position sees all of its block of `size` positions."""
+
+    def mix(x):
+        block = torch.arange(x.shape[1]) // size
+        same = (block[:, None] == block).to(x.dtype)
+        return x + (same / same.sum(1, keepdim=True)) @ x
+
+    return mix
+
+
+def sees_next(at):
+    """Position `at` sees the one after it."""
+
+    def mix(x):
+        x = x.clone()
+        if x.shape[1] > at + 1:
+            x[:, at] += x[:, at + 1]
+        return x
+
+    return mix
+
+
+@pytest.mark.parametrize("mix", [*(in_blocks(size) for size in (2, 3, 5, 6, 32)), sees_next(2), sees_next(9)])
+def test_a_look_ahead_at_any_position_is_seen(mix):
+    with pytest.raises(InputError, match="not causal"):
+        load_model(mixing(mix), tokenizer=BYTES)
+
+
+@pytest.mark.parametrize("mix", [lambda x: x + x.mean(0), lambda x: x * (1 if len(x) < 3 else 2) + 3 * x.roll(1, 0)])
+def test_rows_that_mix_in_a_batch_are_run_alone(mix):
+    lm = load_model(mixing(mix), tokenizer=BYTES)
+    assert lm.together.alone
+    check(lm, lm.module)
+
+
+def test_hooks_and_data_count():
+    model = tiny("Llama")
+    lm = load_model(model, tokenizer=BYTES)
+    check(lm, model)
+
+    def double(module, args, out):
+        out.logits = out.logits * 2
+        return out
+
+    handle = model.register_forward_hook(double)
+    check(lm, model)
+    handle.remove()
+    check(lm, model)
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, out: out + out.flip(1))
+    with pytest.raises(InputError, match="not causal"):
+        score(lm, EVALSET)
+    handle.remove()
+    model = bert(is_decoder=False)
+    weights = [layer.attention.output.dense.weight for layer in model.bert.encoder.layer]
+    kept = [weight.data.clone() for weight in weights]
+    for weight in weights:
+        weight.data.zero_()
+    lm = load_model(model, tokenizer=BYTES)
+    for weight, value in zip(weights, kept, strict=True):
+        weight.data.copy_(value)  # leaves no trace in the tensor's version
+    with pytest.raises(InputError, match="not causal"):
+        score(lm, EVALSET)

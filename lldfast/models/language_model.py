@@ -42,6 +42,7 @@ from lldfast.models.together import ANY, Together
 from lldfast.terminal import note
 
 BOS_MODES = ("auto", "native", "none")
+SAMPLE = 16  # numbers of a weight by which a change is noticed
 TOKENIZED_SETS = 4  # tokenised evaluation sets kept per model: estimate, measure and some spare
 
 
@@ -84,11 +85,11 @@ class LanguageModel:
         self.module, self.tokenizer, self.name, self.kind = module, tokenizer, name, kind
         self.context_length = context_length
         self._facts = {"source": source, "licence": licence, "extra": extra or {}}
-        self._weights_hash, self._weights_then = weights_hash, _state(module)
+        self._weights_hash, self._weights_then = weights_hash, () if weights_hash is None else _state(module)
         self._set_bos(bos)
         self.tokenized: OrderedDict[tuple[str, str, int, int, int], list[Segment]] = OrderedDict()
         self._found: Findings | None = None
-        self._found_for: list[Any] = []  # fingerprints, the deep one too, and versions of the weights where undecided
+        self._found_for: list[Any] = []  # fingerprints, the second one deep
         self._settled = self._whole = False
         self._noted: set[str] = set()
         if self.bos_id is not None and self.bos_id >= self.vocab_size:
@@ -167,16 +168,16 @@ class LanguageModel:
         """
         if self._found is not None and self._settled:
             return self._found
-        now = [fingerprint(self.module), fingerprint(self.module, deep=True) if deep or self._found is None else None]
-        if self._found is None or now[0] != self._found_for[0] or (deep and now[1] != self._found_for[1]) or self._undecided():
+        found = self._found
+        stands = found is not None and fingerprint(self.module) == self._found_for[0]
+        if stands and deep:
+            # Where tokens did not reach each other, another look may decide: weights can change without a trace.
+            stands = found is not None and found.decided and fingerprint(self.module, deep=True) == self._found_for[1]
+        if not stands or found is None:
             self._found = None  # what stood does so no longer, also where the probe raises
-            self._found = self._probed()
-            self._found_for = [now[0], now[1] or fingerprint(self.module, deep=True), _state(self.module)]
-        return self._found
-
-    def _undecided(self) -> bool:
-        """Tokens did not reach each other when the model was probed, and its weights have changed since."""
-        return self._found is not None and not self._found.decided and self._found_for[2] != _state(self.module)
+            self._found = found = self._probed()
+            self._found_for = [fingerprint(self.module), fingerprint(self.module, deep=True)]
+        return found
 
     def _probed(self) -> Findings:
         try:
@@ -334,6 +335,10 @@ def windows(text: int, ids: npt.NDArray[np.int64], context: int, overlap: int) -
     return segments
 
 
-def _state(module: nn.Module) -> int:
-    """Another number when a weight was changed in place or replaced."""
-    return hash(tuple((id(p), 0 if p.is_inference() else p._version) for p in module.parameters()))
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """Another value when a weight was changed in place or replaced; some numbers of each weight show what `.data` hides."""
+    found: list[Any] = []
+    for p in module.parameters():
+        some = [] if p.is_meta else p.detach().flatten()[:: max(1, p.numel() // SAMPLE)][:SAMPLE].tolist()
+        found.append((id(p), 0 if p.is_inference() else p._version, str(some)))  # of a NaN too, which is not itself
+    return tuple(found)

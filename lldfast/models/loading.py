@@ -68,8 +68,7 @@ def load_model(
     elif gguf.is_gguf(spec):
         model = _from_gguf(Path(spec), own, dtype, bos)
     elif (Path(spec) / "model.json").is_file():
-        model = _from_saved_gpt(Path(spec), own, bos)
-        model.module.to(DTYPES[dtype])
+        model = _from_saved_gpt(Path(spec), own, dtype, bos)
     else:
         model = _from_hf(spec, own, dtype, bos, trust_remote_code)
     if context_length is not None:
@@ -98,7 +97,7 @@ def _from_module(module: nn.Module, tokenizer: Tokenizer | None, bos: str) -> La
     )
 
 
-def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, bos: str) -> LanguageModel:
+def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, dtype: str, bos: str) -> LanguageModel:
     about = read_gpt_json(folder)
     if tokenizer is None:
         if about.get("tokenizer") is None:
@@ -106,7 +105,8 @@ def _from_saved_gpt(folder: Path, tokenizer: Tokenizer | None, bos: str) -> Lang
         tokenizer = tokenizer_from_manifest(about["tokenizer"], folder)
     extra = about.get("extra") or {}
     facts = {"source": str(folder), "weights_hash": about["sha256"], "licence": extra.get("licence"), "extra": extra}
-    return LanguageModel.from_gpt(GPT.load(folder), tokenizer, str(extra.get("name") or folder.name), bos=bos, **facts)
+    gpt = GPT.load(folder).to(DTYPES[dtype])
+    return LanguageModel.from_gpt(gpt, tokenizer, str(extra.get("name") or folder.name), bos=bos, **facts)
 
 
 def _from_hf(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ from lldfast.models.hf_config import config_int, context_length_of, scalars, tex
 from lldfast.models.modes import evaluation_mode
 from lldfast.models.together import ALONE, ANY, EQUAL, Together, rule_of_config
 
-LENGTH = 12  # tokens of a probe
+LENGTH = 12  # tokens of a probe, in which every position is asked whether it sees a later one
+LONG = 4 * LENGTH  # of one in which two are
 # Models that work on pieces of a text show what they do between pieces only on a probe that is longer than one.
 PIECES = ("chunk_size", "chunk_length", "block_size", "window", "window_size")
 LONGEST_PIECE = 128
@@ -59,25 +60,30 @@ def fingerprint(module: Any, deep: bool = False) -> tuple[Any, ...]:
     """What findings depend on, for `==`: configuration, output layer and its hooks, what the module itself holds.
 
     Args:
-        deep: also the kinds of all submodules and whether they say that they are causal.
+        deep: also the kinds of all submodules, their hooks, and whether they say that they are causal.
     """
     layer = getattr(module, "get_output_embeddings", lambda: None)()
     of_layer: tuple[Any, ...] = ()
     if isinstance(layer, nn.Module):
         weight = getattr(layer, "weight", None)
         about = () if not isinstance(weight, Tensor) else (type(weight), weight.shape, weight.dtype, weight.device.type)
-        hooks = (*layer._forward_hooks, None, *layer._forward_pre_hooks)
-        of_layer = (id(layer), type(layer), "forward" in vars(layer), hooks, *about)
+        of_layer = (id(layer), type(layer), "forward" in vars(layer), _hooks(layer), *about)
     found: tuple[Any, ...] = (of_layer, *scalars(getattr(module, "config", None)))
     for part in wrapped(module):
         tensors = [t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
         found += tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
         plain = ((key, value) for key, value in vars(part).items() if isinstance(value, (bool, int, float, str)))
         found += tuple(item for item in plain if item[0] != "training")  # evaluation mode is the probe's own affair
-        found += (id(vars(part).get("forward")),)
+        found += (id(vars(part).get("forward")), _hooks(part))
     if deep:
-        found += tuple((type(part), vars(part).get("is_causal"), "forward" in vars(part)) for part in module.modules())
+        parts = module.modules()
+        found += tuple((type(p), vars(p).get("is_causal"), "forward" in vars(p), _hooks(p)) for p in parts)
     return found
+
+
+def _hooks(part: nn.Module) -> tuple[int | None, ...]:
+    """Their numbers, which are never given twice."""
+    return (*part._forward_hooks, None, *part._forward_pre_hooks)
 
 
 def probe(module: Any) -> Findings:
@@ -119,10 +125,12 @@ def _probe(module: Any, device: torch.device) -> Findings:
     values = functools.partial(full_logits if measured is None else head_input, module)
     rule = rule_of_config(text_config(module))
     try:
-        decided = _check_causal(module, values, ids[:LENGTH])
-        if measured is not None and len(ids) > 2 * LENGTH:  # no logits of so many rows
-            _check_causal(module, values, ids)
+        finite = _check_settled(name, values, ids[:LENGTH])
         together = rule.and_also(_neighbours(values, ids[: 2 * LENGTH], rule))
+        decided = finite and _check_causal(module, values, ids[:LENGTH], range(1, LENGTH), together)
+        for n in {min(LONG, len(ids)), len(ids) if measured is not None else 0}:  # no logits of many rows
+            if finite and n > LENGTH:
+                _check_causal(module, values, ids[:n], (n // 2, n // 2 + 1), together)
     except InputError:
         raise
     except MODEL_ERRORS as error:  # some run on a few tokens and not on more
@@ -138,14 +146,14 @@ def _check_caught(module: Any, ids: Tensor) -> None:
 
 
 def _ids(module: Any) -> Tensor:
-    """Ordinary token ids, none that the configuration gives a meaning of its own: two probes of them, or one of some pieces."""
+    """Ordinary token ids, none that the configuration gives a meaning of its own, for a long probe or for one of some pieces."""
     config = text_config(module)
     table = getattr(getattr(module, "get_input_embeddings", lambda: None)(), "weight", None)
     rows = config_int(config, ("vocab_size",), 0) or (0 if table is None else len(table)) or 2
     special = {v for key, v in scalars(config) if isinstance(v, int) and key.split(".")[-1].endswith(("_id", "_ids", "_index"))}
     ordinary = [i for i in range(min(rows, 4096)) if i not in special] or [0]
     pieces = [v for key, v in scalars(config) if key.endswith(PIECES) and type(v) is int and LENGTH < v <= LONGEST_PIECE]
-    n = min(max([2 * LENGTH, *(2 * v + LENGTH for v in pieces)]), context_length_of(module))
+    n = min(max([LONG, *(2 * v + LENGTH for v in pieces)]), context_length_of(module))
     step = max(1, len(ordinary) // (n + 1))
     return torch.tensor([ordinary[(step * (i + 1)) % len(ordinary)] for i in range(n)])
 
@@ -174,29 +182,48 @@ def _differ(found: Tensor, want: Tensor, half: float = HALF_ROUNDING) -> bool:
     return bool(most > ROUNDING.get(want.dtype, half))
 
 
-def _check_causal(module: Any, values: Callable[[Tensor], Tensor], ids: Tensor) -> bool:
-    """Whether that could be decided.
+def _check_settled(name: str, values: Callable[[Tensor], Tensor], ids: Tensor) -> bool:
+    """Whether the values are finite; where they are not, scoring names the text.
 
     Raises:
-        InputError: the module is not causal, or random.
+        InputError: they are others each time.
     """
-    name = type(module).__name__
-    if len(ids) < 2:
-        return True
-    cut = len(ids) // 2
     first = values(ids[None])[0]
     if not bool(first.isfinite().all()):
-        return False  # scoring names the text whose values are not finite
+        return False
     if _differ(values(ids[None])[0], first, HALF_SAME_SHAPE):
         raise InputError(
             f"{name} gives other values for the same tokens each time, in evaluation mode too: it draws random numbers, so a "
             "text has no log-likelihood under it"
         )
-    changed = values(torch.cat((ids[:cut], _other(ids)[cut:]))[None])[0]
-    before, after = _gradients(module, values, ids, cut)
-    if _differ(changed[:cut], first[:cut], HALF_SAME_SHAPE) or after > NO_GRADIENT:
-        raise InputError(f"{name} is not causal: tokens change the values at positions before them{_remedy(module)}")
-    return before > 0 or bool((_moved(values(torch.cat((_other(ids)[:cut], ids[cut:]))[None])[0], first)[cut:] > 0).any())
+    return True
+
+
+def _check_causal(module: Any, values: Callable[[Tensor], Tensor], ids: Tensor, cuts: Iterable[int], together: Together) -> bool:
+    """Change what comes after each of the cuts, and see whether anything before it moves.
+
+    Returns whether that could be decided: whether anything after a cut moves with what is before it.
+
+    Raises:
+        InputError: the module is not causal.
+    """
+    cuts = [cut for cut in cuts if cut < len(ids)]
+    if not cuts:
+        return True
+    other, middle = _other(ids), cuts[len(cuts) // 2]
+    # First: some modules keep what a run leaves, and nothing of a graph should stay in them.
+    gradients = [_gradients(module, values, ids, cut) for cut in cuts if cut in (middle, middle + 1)]
+    rows = torch.stack([ids, *(torch.cat((ids[:cut], other[cut:])) for cut in cuts)])
+    found = torch.cat([values(row[None]) for row in rows]) if together.alone else values(rows)
+    moved = any(_differ(row[:cut], found[0, :cut], HALF_SAME_SHAPE) for cut, row in zip(cuts, found[1:], strict=True))
+    if moved or any(after > NO_GRADIENT for _, after in gradients):
+        raise InputError(
+            f"{type(module).__name__} is not causal: tokens change the values at positions before them{_remedy(module)}"
+        )
+    if any(before > 0 for before, _ in gradients):
+        return True
+    changed = values(torch.cat((other[:middle], ids[middle:]))[None])[0]
+    return bool((_moved(changed, values(ids[None])[0])[middle:] > 0).any())
 
 
 def _remedy(module: Any) -> str:
@@ -246,7 +273,7 @@ def _gradients(module: Any, values: Callable[[Tensor], Tensor], ids: Tensor, cut
 
 
 def _neighbours(values: Callable[[Tensor], Tensor], ids: Tensor, rule: Together) -> Together:
-    """What two rows in a batch ask for, of lengths that may share one according to `rule`."""
+    """What rows in a batch ask for, of lengths that may share one according to `rule`."""
     long = max((n for n in range(1, len(ids) + 1) if rule.group(n) == rule.group(1)), default=0)
     n = (long + 1) // 2
     if n == long or rule.alone:
@@ -254,11 +281,14 @@ def _neighbours(values: Callable[[Tensor], Tensor], ids: Tensor, rule: Together)
     short = ids[:n]
     alone = values(short[None])[0]
 
-    def same(neighbour: Tensor) -> bool:
-        rows = torch.zeros(2, len(neighbour), dtype=ids.dtype, device=ids.device)
-        rows[0, :n], rows[1] = short, neighbour
-        return not _differ(values(rows)[0, :n], alone)
+    def same(*neighbours: Tensor) -> bool:
+        """Whether `short` has the values that it has alone as the last row, after these, which are of one length."""
+        rows = torch.zeros(len(neighbours) + 1, len(neighbours[0]), dtype=ids.dtype, device=ids.device)
+        rows[:-1], rows[-1, :n] = torch.stack(neighbours), short
+        return not _differ(values(rows)[-1, :n], alone)
 
-    if same(ids[:long]):
+    # Other tokens in the same places: a row that begins as this one does would have its values, and mixing would not show.
+    longer = ids[:long]
+    if same(_other(longer), longer.flip(0), longer.roll(1)):
         return ANY
-    return EQUAL if same(_other(short)) else ALONE
+    return EQUAL if same(_other(short), short.flip(0), short.roll(1)) else ALONE
