@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -23,11 +24,12 @@ def exit_status(command: Callable[[], object]) -> int:
                 warnings.filterwarnings("default", category=DeprecationWarning, module=r"lldfast\b")
             shown = warnings.showwarning
 
-            def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-                if issubclass(category, ComparisonWarning):  # about the user's models; the line of code would say nothing
+            def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **options: Any) -> None:
+                ours = category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent)
+                if ours or issubclass(category, ComparisonWarning):  # about the user's models; a line of code would say nothing
                     note(f"warning: {message}")
                 else:
-                    shown(message, category, *where, **options)
+                    shown(message, category, filename, *where, **options)
 
             warnings.showwarning = show
             command()

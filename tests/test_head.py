@@ -513,3 +513,20 @@ def test_hooks_and_data_count():
         weight.data.copy_(value)  # leaves no trace in the tensor's version
     with pytest.raises(InputError, match="not causal"):
         score(lm, EVALSET)
+
+
+def test_positions_that_begin_after_the_paddings():
+    """RoBERTa's table has rows for fewer tokens than its configuration says."""
+    sizes = {"vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.RobertaConfig(**sizes, max_position_embeddings=20, pad_token_id=3, is_decoder=True)
+    torch.manual_seed(0)
+    model = transformers.RobertaForCausalLM(config).eval()
+    lm = load_model(model, tokenizer=BYTES)
+    assert lm.context_length == 16
+    text = "x" * 16
+    ids = torch.tensor([[256, *text.encode()]])
+    with torch.no_grad():
+        rows = model(input_ids=ids[:, :-1]).logits[0].double().log_softmax(-1)
+    want = float(rows.gather(-1, ids[0, 1:, None]).sum())
+    assert score(lm, EvalSet.from_texts([text], ["a"])).logprob[0] == pytest.approx(want, rel=1e-5)
+    assert np.isfinite(score(lm, EvalSet.from_texts([text * 3], ["a"])).logprob).all()

@@ -571,7 +571,7 @@ def test_an_adapter_for_another_base(adapter):
     with pytest.raises(InputError, match=r"adapter .*size mismatch"):
         load_model(adapter, tokenizer="bytes")
     shutil.rmtree(adapter.parent / "base")
-    with pytest.raises(InputError, match=r"adapter, base model: .*base"):
+    with pytest.raises(InputError, match=r"adapter: its base model .*base is not here"):
         load_model(adapter, tokenizer="bytes")
 
 
@@ -639,6 +639,13 @@ def test_a_learnt_prompt_is_read_and_takes_places(tmp_path, kind):
 def test_adapters_that_act_in_a_part_of_a_text_are_refused():
     with pytest.raises(InputError, match="not supported"):
         load_model(with_adapter(tiny(), alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"), tokenizer="bytes")
+
+
+def test_an_adapter_whose_base_is_elsewhere(adapter):
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": "/elsewhere/llama"}))
+    with pytest.raises(InputError, match=r"adapter .*its base model /elsewhere/llama is not here"):
+        load_model(adapter)
 
 
 def test_an_adapter_without_peft(adapter, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lldfast.cli.options import add_data, add_device, add_model, device_of
+from lldfast.cli.options import add_data, add_device, add_model, device_of, teacher_of
 from lldfast.terminal import aligned
 
 if TYPE_CHECKING:
@@ -33,10 +33,9 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     from lldfast.distill.generate import generate
     from lldfast.files import read_json
-    from lldfast.run.place import resolve_location
 
     out = generate(
-        resolve_location(options.model),
+        teacher_of(options),
         options.data,
         options.out,
         tokens=options.tokens,

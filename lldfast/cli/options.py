@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="lldfast checkpoint folder, Hugging Face folder or id, .gguf, asset:..., package:...")
+    what = "lldfast checkpoint folder, Hugging Face folder or id, PEFT adapter's folder, .gguf, asset:..., package:..."
+    parser.add_argument("model", help=what)
+    what = "another than the model's own: gpt2, bytes, a tokenizer.json, a model's folder, a hub id"
+    parser.add_argument("--tokenizer", help=what)
+    what = "run the Python code that a Hugging Face model brings along; read it first"
+    parser.add_argument("--trust-remote-code", action="store_true", help=what)
 
 
 def add_data(parser: argparse.ArgumentParser, what: str = "a prepared folder") -> None:
@@ -134,7 +139,7 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def model_of(options: argparse.Namespace) -> LanguageModel:
-    """The model of `add_model`, loaded as `add_device` and `add_bos` say.
+    """The model of `add_model`, loaded as `add_device` says, and `add_bos` where the command has that.
 
     Raises:
         InputError: no such model, or the device cannot be used here.
@@ -143,7 +148,16 @@ def model_of(options: argparse.Namespace) -> LanguageModel:
     from lldfast.run.place import resolve_location
 
     model = resolve_location(options.model)
-    return load_model(model, device=device_of(options), dtype=options.dtype, bos=options.bos)
+    how = {"tokenizer": options.tokenizer, "trust_remote_code": options.trust_remote_code}
+    return load_model(model, device=device_of(options), dtype=options.dtype, bos=getattr(options, "bos", "auto"), **how)
+
+
+def teacher_of(options: argparse.Namespace) -> Any:
+    """The model of `add_model` for a function that loads it itself, after its other checks; loaded here where options say how."""
+    from lldfast.run.place import resolve_location
+
+    plain = options.tokenizer is None and not options.trust_remote_code
+    return resolve_location(options.model) if plain else model_of(options)
 
 
 def evalset_of(options: argparse.Namespace) -> EvalSet:

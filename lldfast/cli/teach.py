@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lldfast.cli.options import add_batch_tokens, add_data, add_device, add_model, device_of
+from lldfast.cli.options import add_batch_tokens, add_data, add_device, add_model, device_of, teacher_of
 from lldfast.terminal import aligned
 
 if TYPE_CHECKING:
@@ -30,10 +30,9 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     from lldfast.distill.cache import TeacherCache
     from lldfast.distill.teach import teach
-    from lldfast.run.place import resolve_location
 
     made = teach(
-        resolve_location(options.model),
+        teacher_of(options),
         options.data,
         options.out,
         k=options.k,

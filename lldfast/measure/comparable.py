@@ -155,8 +155,8 @@ def check_comparable(
     for finding in found:
         if finding.below:
             raise InputError(
-                f"{finding}, which is no distance between models. Score both alike, or go on with allow_differences "
-                "(--anyway on the command line, measure.allow_differences of a run)"
+                f"{finding}, which is no distance between models. Score both alike (--bos and --dtype; target.bos and target.dtype of "
+                "a run), or go on with allow_differences (--anyway on the command line, measure.allow_differences of a run)"
             )
     if found:
         warnings.warn(_say(found), ComparisonWarning, stacklevel=stacklevel)
@@ -203,12 +203,12 @@ def _first_token(a: Meta, b: Meta, n_tokens: Any) -> Difference | None:
     what, floor = "first token", FLOORS["first token"]
     if NATIVE not in (one, two):
         if one != two:
-            return Difference(what, floor, f"{_say_front(a)} before every text, and {_say_front(b)}")
+            return Difference(what, floor, f"the first has {_say_front(a)} before every text, the second {_say_front(b)}")
         if one_tokenizer and _differ(id_one, id_two):
             return Difference(what, floor, f"the first token is {id_one} and {id_two}")
         return None
     other = two if one == NATIVE else one
-    sentence = f"{_say_front(a)} before every text, and {_say_front(b)}"
+    sentence = f"the first has {_say_front(a)} before every text, the second {_say_front(b)}"
     if not one_tokenizer or n_tokens is None:
         unknown = f", which may be as little as {FLOORS['first token twice']:g} or as much as {floor:g} nats per text"
         return Difference(what, None, sentence + unknown)
@@ -219,7 +219,9 @@ def _first_token(a: Meta, b: Meta, n_tokens: Any) -> Difference | None:
     if in_front == (other == ONE):  # a tokenizer's one token is the one that "auto" takes
         return None
     if in_front == 2 and other == ONE:
-        return Difference("first token twice", FLOORS["first token twice"], "one token before every text, and two of them")
+        return Difference(
+            "first token twice", FLOORS["first token twice"], "one has a token before every text, the other two of them"
+        )
     return Difference(what, floor, sentence)
 
 

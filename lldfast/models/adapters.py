@@ -41,6 +41,10 @@ def base_of(folder: Path) -> str:
     base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
     if not isinstance(base, str) or not base:
         raise InputError(f"{folder / CONFIG} names no base model (base_model_name_or_path)")
+    if (Path(base).is_absolute() or base.startswith(".")) and not Path(base).is_dir():
+        raise InputError(
+            f"adapter {folder}: its base model {base} is not here; put it there, or change base_model_name_or_path in {CONFIG}"
+        )
     if any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         raise InputError(
             f"{folder} holds the weights of a whole model and an adapter ({CONFIG}), and does not say whether the adapter is in "
@@ -73,7 +77,8 @@ def put_into(base: nn.Module, folder: Path) -> nn.Module:
     """
     peft = require("peft", "a model with an adapter needs")
     stored = stored_tensors(adapter_files(folder)[1:])
-    with explained(folder, f"peft cannot put the adapter {folder} into its base model"):
+    with explained(folder, f"peft cannot put the adapter {folder} into its base model"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # between peft and transformers
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         wrapped = peft.PeftModelForCausalLM(base, config, NAME)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch.nn as nn
+
 from lldfast.models.wrappers import learnt_prompt
 
 # Names of the context length.
@@ -14,7 +16,12 @@ UNLIMITED = 1 << 30  # a state-space model has no context length
 
 def context_length_of(model: Any) -> int:
     """Most tokens of a text at once; a learnt prompt in front of it takes places too."""
-    return config_int(text_config(model), CONTEXT_FIELDS, UNLIMITED) - learnt_prompt(model)
+    found = config_int(text_config(model), CONTEXT_FIELDS, UNLIMITED)
+    for name, part in model.named_modules():
+        # RoBERTa and its kin begin to count after the padding's own place in the table.
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            found = min(found, part.num_embeddings - part.padding_idx - 1)
+    return found - learnt_prompt(model)
 
 
 def text_config(model: Any) -> Any:

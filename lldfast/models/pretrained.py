@@ -137,12 +137,16 @@ def _renamed(blank: _Blank, files: Sequence[Path], names: Mapping[str, str], dty
 
 @contextlib.contextmanager
 def _named_conversions() -> Iterator[None]:
-    """Name the weights that cannot be put together from the file's (those of experts are): transformers does in its log only."""
+    """Name the weights that cannot be put together from the file's (those of experts are): transformers does in its log only.
+
+    Its log is not shown: what it says of weights is asked for and checked here, and in part it advises to go on.
+    """
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addHandler(handler)
+    shown, logger.propagate = logger.propagate, False
     try:
         yield
     except RuntimeError:
@@ -153,6 +157,7 @@ def _named_conversions() -> Iterator[None]:
         raise InputError(f"parts of {_count(names)} are missing or of another shape: {_some(names)}") from None
     finally:
         logger.removeHandler(handler)
+        logger.propagate = shown
 
 
 def problems(report: Report) -> list[str]:

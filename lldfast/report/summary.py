@@ -84,7 +84,7 @@ def not_scored_alike(result: dict[str, Any]) -> list[str]:
     for difference in conditions:
         floor = "" if difference["floor"] is None else f" ({difference['floor']:g} nats per text for that alone)"
         parts.append(difference["sentence"] + floor)
-    return [f"target and base were not scored alike: {'; '.join(parts)}; distances below that are not between models"]
+    return [f"target and base were not scored alike: {'; '.join(parts)}; a smaller distance says nothing of the models"]
 
 
 def disagreements(rows: list[dict[str, Any]]) -> list[str]:
