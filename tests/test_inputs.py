@@ -201,7 +201,7 @@ def test_how_target_and_base_are_scored_is_told_once(made, tmp_path, capsys):
     root, config = made
     target = TargetConfig(model=str(root / "target"), bos="none")
     config = dataclasses.replace(config, out=str(tmp_path / "run"), methods=["uniform", "proportional"], target=target)
-    near = "the target and the base were not scored alike: the first has nothing before every text, the second token 256. For that alone eq"
+    near = "were not scored alike: the first has nothing before every text, the second token 256. For that alone eq"
     with pytest.raises(InputError, match=near):
         run(config)
     capsys.readouterr()

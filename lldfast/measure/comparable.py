@@ -155,8 +155,9 @@ def check_comparable(
     for finding in found:
         if finding.below:
             raise InputError(
-                f"{finding}, which is no distance between models. Score both alike (--bos and --dtype; target.bos and target.dtype of "
-                "a run), or go on with allow_differences (--anyway on the command line, measure.allow_differences of a run)"
+                f"{finding}, which is no distance between models. Score both alike (--bos and --dtype; target.bos and "
+                "target.dtype of a run), or go on with allow_differences (--anyway on the command line, "
+                "measure.allow_differences of a run)"
             )
     if found:
         warnings.warn(_say(found), ComparisonWarning, stacklevel=stacklevel)
@@ -219,9 +220,7 @@ def _first_token(a: Meta, b: Meta, n_tokens: Any) -> Difference | None:
     if in_front == (other == ONE):  # a tokenizer's one token is the one that "auto" takes
         return None
     if in_front == 2 and other == ONE:
-        return Difference(
-            "first token twice", FLOORS["first token twice"], "one has a token before every text, the other two of them"
-        )
+        return Difference("first token twice", FLOORS["first token twice"], "one has a token before every text, the other two")
     return Difference(what, floor, sentence)
 
 
