@@ -178,6 +178,35 @@ def test_a_command_prints_its_device(scored, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("device: cpu, bfloat16\n")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["score", "--out", "s.parquet"],
+        ["gram", "--out", "g.npz"],
+        ["teach", "--out", "cache", "--block-size", "8"],
+        ["generate", "--out", "written", "--tokens", "10"],
+    ],
+)
+def test_a_commands_tokenizer_goes_to_the_model(scored, command, capsys, tmp_path, monkeypatch):
+    """One that the model cannot have is refused as such, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    args = [command[0], str(scored / "model"), "--data", str(scored / "one.parquet"), *command[1:], "--device", "cpu"]
+    assert main([*args, "--tokenizer", "gpt2"]) == 1
+    assert "tokenizer gpt2 has 50257 ids, the model only" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_tokenizer_is_scored_with_one_given(scored, tmp_path):
+    (tmp_path / "model").mkdir()
+    for file in (scored / "model").iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    about = json.loads((tmp_path / "model" / "model.json").read_text())
+    (tmp_path / "model" / "model.json").write_text(json.dumps(about | {"tokenizer": None}))
+    args = ["score", str(tmp_path / "model"), "--data", str(scored / "one.parquet"), "--out", str(tmp_path / "s.parquet")]
+    assert main(args) == 1
+    assert main([*args, "--tokenizer", "bytes"]) == 0
+
+
 def test_kl_names_the_vector_of_other_texts(scored, capsys):
     assert main(["kl", str(scored / "one-scored.parquet"), str(scored / "two-scored.parquet")]) == 1
     err = capsys.readouterr().err

@@ -392,6 +392,16 @@ def test_code_of_a_model_is_run_where_that_is_wanted(with_code, monkeypatch):
     assert (with_code.parent / "ran").exists()
 
 
+def test_a_command_runs_code_of_a_model_where_that_is_wanted(with_code, tmp_path, monkeypatch):
+    from lldfast.cli import main
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    TEXTS.save(tmp_path / "eval.parquet")
+    args = ["score", str(with_code), "--tokenizer", "bytes", "--data", str(tmp_path), "--out", str(tmp_path / "x.parquet")]
+    assert main(args) == 1 and not (tmp_path / "ran").exists()
+    assert main([*args, "--trust-remote-code"]) == 1 and (tmp_path / "ran").exists()  # the code has no class C
+
+
 @pytest.mark.slow
 def test_a_command_with_a_closed_stdin_ends_at_once(with_code, tmp_path):
     TEXTS.save(tmp_path / "eval.parquet")

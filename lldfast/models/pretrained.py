@@ -259,7 +259,7 @@ def explained(spec: object, failed: str = "") -> Iterator[None]:
         if "trust_remote_code=True" in reason:
             raise InputError(
                 f"{spec} brings Python code of its own (auto_map in config.json), which is not run unasked; read it, and pass "
-                "trust_remote_code=True to load_model to run it"
+                "trust_remote_code=True to load_model (--trust-remote-code) to run it"
             ) from None
         if isinstance(error, KeyError):
             reason = f"there is no {reason}"
