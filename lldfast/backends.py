@@ -42,7 +42,18 @@ DEVICES: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda",),
 }
 
-_DEPENDENCIES = ("numpy", "pyarrow", "tiktoken", "tokenizers", "safetensors", "datasets", "transformers", "gguf", "xxhash")
+_DEPENDENCIES = (
+    "numpy",
+    "pyarrow",
+    "tiktoken",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "transformers",
+    "peft",
+    "gguf",
+    "xxhash",
+)
 
 
 def compiled_module(name: str) -> ModuleType | None:
