@@ -125,10 +125,11 @@ def _probe(module: Any, device: torch.device) -> Findings:
     values = functools.partial(full_logits if measured is None else head_input, module)
     rule = rule_of_config(text_config(module))
     try:
-        finite = _check_settled(name, values, ids[:LENGTH])
+        longest = len(ids) if measured is not None else LONG  # no logits of many rows
+        finite = all(_check_settled(name, values, ids[:n]) for n in (LENGTH, longest))
         together = rule.and_also(_neighbours(values, ids[: 2 * LENGTH], rule))
         decided = finite and _check_causal(module, values, ids[:LENGTH], range(1, LENGTH), together)
-        for n in {min(LONG, len(ids)), len(ids) if measured is not None else 0}:  # no logits of many rows
+        for n in {min(LONG, len(ids)), min(longest, len(ids))}:
             if finite and n > LENGTH:
                 _check_causal(module, values, ids[:n], (n // 2, n // 2 + 1), together)
     except InputError:

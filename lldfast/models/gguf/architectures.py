@@ -69,7 +69,7 @@ def _has(keys: Keys, *endings: str) -> bool:
 def _sizes(keys: Keys) -> Settings:
     """What a transformer of any kind has, under the names of most configurations."""
     for suffix in ("attention.head_count", "attention.head_count_kv"):
-        if isinstance(keys.file.metadata.get(keys.name(suffix)), list):
+        if keys.is_list(suffix):
             raise keys.refusal(suffix, "a list, one number a layer, which transformers does not take apart")
     heads = keys.take("attention.head_count")
     return {

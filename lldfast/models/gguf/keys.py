@@ -60,6 +60,10 @@ class Keys:
             raise self.refusal(suffix, f"{value} is not finite")
         return value
 
+    def is_list(self, suffix: str) -> bool:
+        """Whether the key, not taken yet, has one value a layer."""
+        return isinstance(self._left.get(suffix), list)
+
     def take_list(self, suffix: str) -> Any:
         return self._left.pop(suffix, None)
 
