@@ -220,3 +220,42 @@ def test_prepare_names_and_records_them(tmp_path, capfd):
     assert {name: entry["documents_read"] for name, entry in record["domains"].items()} == {"prose": 9, "web": 9}
     prepare(root, tmp_path / "quiet", tokenizer="bytes", eval_per_domain=2, progress=False)
     assert "note:" not in capfd.readouterr().err
+
+
+BINARY = {
+    "pdf": b"%PDF-1.4\n1 0 obj << /Title (text) >> endobj\n",
+    "png": b"\x89PNG\r\n\x1a\n" + b"pixels" * 9,
+    "npy": b"\x93NUMPY\x01",
+    "pickle": b"\x80\x04K\x01.",
+    "elf": b"\x7fELF\x02",
+    "sqlite": b"SQLite format 3\x00",
+    "other": b"text and then\0 a NUL byte",
+}
+
+
+def test_binary_files_are_no_text(tmp_path):
+    files = {**BINARY, "z.gz": gzip.compress(BINARY["pdf"]), "a.txt": b"%PDF is a name"}
+    root = write(tmp_path / "c", **{f"d__{name.replace('.', '_dot_')}": raw for name, raw in files.items()})
+    source = Source(root)
+    assert read(source) == [("%PDF is a name", "d")]
+    assert source.survey.to_json()["not_read"] == {
+        "binary": {"count": 8, "names": [f"{root}/d/{name}" for name in sorted(files) if name != "a.txt"]}
+    }
+    (tmp_path / "c" / "d" / "a.txt").unlink()
+    with pytest.raises(InputError, match=r"the folder of domain 'd' has no file that is read: 8 files are not read \(binary\)"):
+        Source(root)
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(lines("a"))
+    assert read(Source(root)) == [("a", "d")]
+
+
+@pytest.mark.parametrize("name", [*BINARY, "a.json"])
+def test_a_binary_file_is_no_input(tmp_path, name):
+    (tmp_path / name).write_bytes(BINARY.get(name, BINARY["npy"]))
+    with pytest.raises(InputError, match=rf"{name} is binary, which is not read: give its text"):
+        Source(str(tmp_path / name))
+
+
+def test_a_domain_of_checksums_is_told(tmp_path):
+    root = write(tmp_path / "c", A__x_dot_md5=b"0", A__x_dot_idx=b"1", B__a_dot_txt=b"b")
+    with pytest.raises(InputError, match=r"domain 'A' has no file that is read: 2 files are not read \(checksums.*A/x\.idx"):
+        Source(root)

@@ -115,6 +115,8 @@ def one_file(path: Path, text_field: str, survey: Survey) -> Found:
     kind = kind_of(path, text_field)
     if kind.refused:
         raise InputError(f"{path} is {kind.refused}")
+    if kind.holds == "binary":
+        raise InputError(f"{path} is binary, which is not read: give its text, as JSON lines, Parquet or files of plain text")
     called_json = read_name(path).suffix in (*JSON_LINES, ".json")
     if kind.holds in ("text", "empty") and not called_json:
         what = "it is empty" if kind.holds == "empty" else f"it holds {kind.is_text}"
@@ -176,7 +178,8 @@ def _labelled(folder: Path, files: Iterable[Path], known: dict[Path, Kind], text
 
 def _domain(folder: Path, text_field: str, survey: Survey) -> list[Found]:
     """The files of one domain's folder: records are records, and what is not is a document."""
-    kinds = _kinds(_walk(folder)[0], {}, text_field, survey)
+    files = _walk(folder)[0]
+    kinds = _kinds(files, {}, text_field, survey)
     records = {path for path, kind in kinds.items() if _is_records(path, kind)}
     if not records:  # most of the files decide what such lines are
         doubtful = {path for path, kind in kinds.items() if _may_be_records(path, kind)}
@@ -193,12 +196,15 @@ def _domain(folder: Path, text_field: str, survey: Survey) -> list[Found]:
         # An empty file is a document without text: so a domain of nothing else is told, and does not vanish.
         found.append(Found("text" if kind.holds == "empty" else kind.holds, path, folder.name))
     if not found:
-        raise InputError(f"{folder}: the folder of domain {folder.name!r} has no files")
+        beside = Survey()
+        _kinds(files, {}, text_field, beside)
+        what = f"no file that is read: {'; '.join(beside.notes())}" if files else "no files"
+        raise InputError(f"{folder}: the folder of domain {folder.name!r} has {what}")
     return found
 
 
 def _kinds(files: Iterable[Path], known: Mapping[Path, Kind], text_field: str, survey: Survey) -> dict[Path, Kind]:
-    """What the files hold, without those that are never text.
+    """What the files hold, without those that are never text: by their names, or binary.
 
     Raises:
         InputError: one holds records, or is an archive, in a form that is not read.
@@ -207,8 +213,10 @@ def _kinds(files: Iterable[Path], known: Mapping[Path, Kind], text_field: str, s
     for path in files:
         if NEVER_TEXT.fullmatch(path.name):
             survey.leave_out(path, "checksums, indexes and marks")
+        elif (kind := known.get(path) or kind_of(path, text_field)).holds == "binary":
+            survey.leave_out(path, kind.is_text)
         else:
-            kinds[path] = known.get(path) or kind_of(path, text_field)
+            kinds[path] = kind
     _refuse([(path, kind) for path, kind in kinds.items() if kind.refused])
     return kinds
 

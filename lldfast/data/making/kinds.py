@@ -1,4 +1,4 @@
-"""What a file holds, told by its content: JSON lines, Parquet, plain text, or something that is not read.
+"""What a file holds, told by its content: JSON lines, Parquet, plain text, or something that is not read (binary, archives).
 
 A name settles only what content leaves open: a first line that is no JSON is a bad record of a file called .jsonl, else text.
 """
@@ -34,6 +34,11 @@ REFUSED_AS = {
     "utf16": ("text in UTF-16", "write it as UTF-8"),
 }
 PARQUET = re.compile(rb"PAR1\x15")
+# Beginnings of files that are no text. Most other such files have a NUL byte soon, which no text needs.
+BINARY = re.compile(
+    rb"%PDF-\d\.\d *[\r\n]|\x89(?:PNG|HDF)\r\n|\xff\xd8\xff|\x93NUMPY|\x80[\x02-\x05]|\x7fELF|\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+    rb"|\xca\xfe\xba\xbe|[\xcf\xce]\xfa\xed\xfe"
+)
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Kind:
     """What was found out about a file.
 
     Attributes:
-        holds: "jsonl", "parquet", "text" or "empty".
+        holds: "jsonl", "parquet", "text", "binary" or "empty".
         is_text: for people, what it is if it is taken as plain text or not read.
         n_objects: JSON lines: objects among the first lines.
         has_text: JSON lines: one of them has the text field.
@@ -126,6 +131,8 @@ def _kind_of(head: bytes, complete: bool, name: Name, text_field: str) -> Kind:
         return Kind("text", first, refused=f"{first} with records in it, not JSON lines: {AS_LINES}")
     if name.suffix in JSON_LINES:
         return Kind("jsonl", "JSON lines", len(objects), has_text)
+    if BINARY.match(head) or b"\0" in head[:HEAD_BYTES]:
+        return Kind("binary", "binary")
     if (mark := TABLES.get(name.suffix)) and text_field in _columns(lines[0], mark):
         what = f"{name.suffix[1:].upper()} with a column {text_field!r}"
         return Kind("text", what, refused=f"{what}, which is not read: write it as JSON lines or Parquet")
