@@ -259,3 +259,50 @@ def test_a_domain_of_checksums_is_told(tmp_path):
     root = write(tmp_path / "c", A__x_dot_md5=b"0", A__x_dot_idx=b"1", B__a_dot_txt=b"b")
     with pytest.raises(InputError, match=r"domain 'A' has no file that is read: 2 files are not read \(checksums.*A/x\.idx"):
         Source(root)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_linked_folders_are_read_once(tmp_path, labelled):
+    write(tmp_path / "z", y__b_dot_jsonl_dot_gz=gzip.compress(lines("b", domain="A")))
+    root = write(tmp_path / "c", A__a_dot_jsonl=lines("a", domain="A"))
+    links = {"more": tmp_path / "z", "up": tmp_path / "c", "self": tmp_path / "c" / "A", "again": tmp_path / "z" / "y"}
+    for name, target in links.items():
+        (tmp_path / "c" / "A" / name).symlink_to(target)
+    (tmp_path / "z" / "around").symlink_to(tmp_path / "z")
+    source = Source(root, domain_field="domain" if labelled else None)
+    assert read(source) == [("a", "A"), ("b", "A")]
+    (left,) = source.survey.to_json()["not_read"].items()
+    assert left[0] == "a link to a folder that is read at its own place"
+    assert left[1]["names"] == [f"{root}/A/{name}" for name in ("more/around", "more/y", "self", "up")]
+
+
+def test_a_domain_may_be_a_link_to_another(tmp_path):
+    root = write(tmp_path / "c", A__a_dot_txt=b"a", A___dot_x=b"x")
+    (tmp_path / "c" / "B").symlink_to(tmp_path / "c" / "A")
+    source = Source(root)
+    assert read(source) == [("a", "A"), ("a", "B")]
+    assert source.survey.to_json()["not_read"] == {"hidden": {"count": 2, "names": [f"{root}/A/.x", f"{root}/B/.x"]}}
+
+
+@pytest.mark.parametrize("name", ["df.parquet.gz", "df.parquet.gzip", "df.pq.zst", "df.gz"])
+@pytest.mark.parametrize("parent", ["", "c/d/"])
+def test_parquet_is_known_by_its_bytes(tmp_path, name, parent):
+    """pandas' to_parquet("df.parquet.gzip", compression="gzip") compresses inside."""
+    path = tmp_path / parent / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": ["a"], "domain": ["d"]}), path, compression="gzip")
+    assert read(Source(str(tmp_path / "c" if parent else path))) == [("a", "d")]
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(InputError, match="Parquet, compressed as a whole: decompress it"):
+        Source(str(path))
+
+
+@pytest.mark.parametrize("head", [b"ORC\n", b"ORC\t", b"ORC\r\n"])
+def test_orc_is_known_by_both_ends(tmp_path, head):
+    root = write(tmp_path / "c", d__a_dot_txt=head + b"an orc is a monster\n")
+    assert read(Source(root))[0][0].startswith("ORC")
+    import pyarrow.orc
+
+    pyarrow.orc.write_table(pa.table({"text": ["a"]}), tmp_path / "c" / "d" / "a.txt")
+    with pytest.raises(InputError, match="is an ORC file"):
+        Source(root)

@@ -139,18 +139,20 @@ def files_of(folder: Path, labelled: bool, text_field: str, survey: Survey) -> l
         InputError: there is nothing to read, or a file holds records in a form that is not read.
         CorruptError: a file cannot be decompressed.
     """
-    files, hidden = _walk(folder)
-    for path in hidden:
-        survey.leave_out(path, "hidden" if path.is_file() else "a link to nothing")
+    files, others = _walk(folder)
     top = [path for path in files if path.parent == folder and not NEVER_TEXT.fullmatch(path.name)]
     folders = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     kinds = {path: kind_of(path, text_field) for path in top}
     trigger = _is_records if folders else lambda path, kind: _is_records(path, kind) or kind.holds == "jsonl"
     if labelled or any(trigger(path, kind) for path, kind in kinds.items()):
+        _leave_out(others, survey)
         return _labelled(folder, files, kinds, text_field, survey)
+    names = {child.name for child in folders}
     if not folders:
         _refuse([(path, kind) for path, kind in kinds.items() if kind.refused])
         raise InputError(f"{folder}: neither data files nor a folder per domain in it")
+    # A domain may be a link to another, and one that is hidden is none: what is in the domains they tell themselves.
+    _leave_out({path: why for path, why in others.items() if path.relative_to(folder).parts[0] not in names}, survey)
     for path in files:
         if path.parent == folder:
             survey.leave_out(path, "in no domain's folder")
@@ -178,7 +180,8 @@ def _labelled(folder: Path, files: Iterable[Path], known: dict[Path, Kind], text
 
 def _domain(folder: Path, text_field: str, survey: Survey) -> list[Found]:
     """The files of one domain's folder: records are records, and what is not is a document."""
-    files = _walk(folder)[0]
+    files, others = _walk(folder)
+    _leave_out(others, survey)
     kinds = _kinds(files, {}, text_field, survey)
     records = {path for path, kind in kinds.items() if _is_records(path, kind)}
     if not records:  # most of the files decide what such lines are
@@ -231,6 +234,11 @@ def _may_be_records(path: Path, kind: Kind) -> bool:
     return kind.holds == "jsonl" and kind.n_objects > 1 and read_name(path).suffix in (".json", "")
 
 
+def _leave_out(others: Mapping[Path, str], survey: Survey) -> None:
+    for path, why in others.items():
+        survey.leave_out(path, why)
+
+
 def _refuse(refused: list[tuple[Path, Kind]]) -> None:
     if refused:
         shown = "; ".join(f"{path} is {kind.refused}" for path, kind in refused[:MOST_SHOWN])
@@ -238,11 +246,38 @@ def _refuse(refused: list[tuple[Path, Kind]]) -> None:
         raise InputError(f"{shown}{more}; or move what is no data out of the folder")
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(files, what is never looked at) under a folder, sorted: the latter are hidden, in a hidden folder, or links to nothing."""
+def _walk(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """(files, why not for each thing that is never looked at) under a folder, sorted.
+
+    Links to folders elsewhere are followed. A link to what lies around it, or is read at its own place, would be read twice
+    or for ever.
+    """
     files: list[Path] = []
-    others: list[Path] = []
-    for path in sorted(path for path in folder.glob("**/*") if not path.is_dir()):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        (others if hidden or not path.is_file() else files).append(path)
-    return files, others
+    others: dict[Path, str] = {}
+    root, walked = folder.resolve(), set()
+
+    def look(here: Path, hidden: bool) -> None:
+        walked.add(here.resolve())
+        try:
+            children = sorted(here.iterdir())
+        except PermissionError:
+            others[here] = "a folder that may not be read"
+            return
+        for path in children:
+            out_of_sight = hidden or path.name.startswith(".")
+            if path.is_dir():
+                real = path.resolve()
+                twice = real in walked or (path.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real)))
+                if not twice:
+                    look(path, out_of_sight)
+                elif not hidden:
+                    others[path] = "a link to a folder that is read at its own place"
+            elif not path.is_file():
+                others[path] = "a link to nothing" if path.is_symlink() else "no regular file"
+            elif out_of_sight:
+                others[path] = "hidden"
+            else:
+                files.append(path)
+
+    look(folder, False)
+    return sorted(files), dict(sorted(others.items()))

@@ -16,6 +16,7 @@ from lldfast.data.making.compression import RECOMPRESS, Name, blocks, compressio
 from lldfast.data.making.records import BOM, has_field
 from lldfast.errors import CorruptError
 
+PARQUET_NAMES = (".parquet", ".pq")
 JSON_LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines")
 TABLES = {".csv": ",", ".tsv": "\t"}
 HEAD_BYTES = 1 << 16
@@ -24,7 +25,7 @@ AS_LINES = "write one record a line, as `jq -c` does"
 
 # Formats that hold records but are not read.
 REFUSED = re.compile(
-    rb"(?P<arrow>ARROW1\x00\x00|\xff\xff\xff\xff[\x00-\xff]{2}\x00\x00|FEA1\x00)|(?P<orc>ORC[\x00-\x1f])|(?P<avro>Obj\x01)"
+    rb"(?P<arrow>ARROW1\x00\x00|\xff\xff\xff\xff[\x00-\xff]{2}\x00\x00|FEA1\x00)|(?P<orc>ORC)|(?P<avro>Obj\x01)"
     rb"|(?P<utf16>\xff\xfe|\xfe\xff)"
 )
 REFUSED_AS = {
@@ -79,12 +80,14 @@ def kind_of(path: Path, text_field: str) -> Kind:
         return Kind("text", refused=refused(head) or "compressed twice: decompress it once")
     if not stored:  # of no bytes at all, whatever it is called
         return Kind("parquet" if name.suffix == ".parquet" else "empty")
-    kind = _kind_of(head, complete, name, text_field)
+    kind = _kind_of(head, complete, name, text_field, compression, head[-4:] if complete else b"" if compression else _tail(path))
     if name.compression and compression is None and kind.holds != "parquet" and not kind.n_objects and not kind.refused:
         if name.compression == "unread":
             kind.refused = f"called {path.suffix}, a compression that is not read: {RECOMPRESS}"
             return kind
         raise CorruptError(f"{path} is damaged after 0 complete lines: its name says {name.compression}, its first bytes do not")
+    if kind.holds == "parquet" and name.suffix in PARQUET_NAMES:  # pandas names the compression inside: .parquet.gzip
+        return kind
     if name.compression and name.compression != compression and not kind.unexpected:
         kind.unexpected = f"{'compressed with ' + compression if compression else 'not compressed'}, called {path.suffix}"
     return kind
@@ -106,12 +109,21 @@ def _head(path: Path) -> tuple[bytes, bool]:
     return bytes(head), True
 
 
-def _kind_of(head: bytes, complete: bool, name: Name, text_field: str) -> Kind:
+def _tail(path: Path) -> bytes:
+    """The last four bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 4))
+        return file.read()
+
+
+def _kind_of(head: bytes, complete: bool, name: Name, text_field: str, compression: str | None, tail: bytes) -> Kind:
+    """`compression` is that of the stored bytes, `tail` the last four bytes, where they are known."""
     if PARQUET.match(head) or (name.suffix == ".parquet" and not head.lstrip().startswith(b"{")):
-        unexpected = "" if name.suffix in (".parquet", ".pq", "") else f"Parquet, called {name.suffix}"
-        compressed = "Parquet, compressed as a whole: decompress it" if name.compression else ""
+        unexpected = "" if name.suffix in (*PARQUET_NAMES, "") else f"Parquet, called {name.suffix}"
+        compressed = "Parquet, compressed as a whole: decompress it" if compression else ""
         return Kind("parquet", "Parquet", unexpected=unexpected, refused=compressed)
-    if other := REFUSED.match(head):
+    # An ORC file says so at both ends; a text may begin with these letters.
+    if (other := REFUSED.match(head)) and (other.lastgroup != "orc" or tail.startswith(b"ORC")):
         what, way = REFUSED_AS[str(other.lastgroup)]
         return Kind("text", what, refused=f"{what}, which is not read: {way}")
     plain = head.removeprefix(BOM).lstrip()
