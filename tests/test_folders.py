@@ -306,3 +306,46 @@ def test_orc_is_known_by_both_ends(tmp_path, head):
     pyarrow.orc.write_table(pa.table({"text": ["a"]}), tmp_path / "c" / "d" / "a.txt")
     with pytest.raises(InputError, match="is an ORC file"):
         Source(root)
+
+
+UNREAD = {
+    "strings.json": json.dumps({"text": "hi", "n": 1}, indent=1).encode(),
+    "rows.json": json.dumps([{"text": "hi"}]).encode(),
+    "t.csv": b"text,n\none,1\n",
+}
+
+
+@pytest.mark.parametrize(("name", "raw"), UNREAD.items())
+def test_records_among_code_are_documents(tmp_path, name, raw):
+    root = write(tmp_path / "c", code__a_dot_py=b"a", code__b_dot_py=b"b")
+    (tmp_path / "c" / "code" / name).write_bytes(raw)
+    source = Source(root)
+    assert sorted(text for text, _ in read(source)) == sorted(["a", "b", raw.decode()])
+    (named,) = source.survey.unexpected.items()
+    assert named[0].endswith(", taken as a document") and str(named[1]) == f"{root}/code/{name}"
+    (tmp_path / "c" / "code" / "a.py").rename(tmp_path / "c" / "code" / "README.md")
+    with pytest.raises(InputError, match=rf"{name} is "):  # one of two, the description not counted
+        Source(root)
+
+
+def test_code_that_begins_like_records_is_text(tmp_path):
+    menu = b'[\n{"text": "a"},\n{"text": "b"}\n]'
+    for tail in (b".forEach(add)\n", b".forEach(add)\n" + b"// more\n" * 10_000):
+        root = write(tmp_path / "c", d__menu_dot_js=menu + tail)
+        assert read(Source(root)) == [((menu + tail).decode(), "d")]
+    with pytest.raises(InputError, match=r"menu\.js is one JSON array"):
+        Source(write(tmp_path / "c", d__menu_dot_js=menu))
+
+
+def test_a_stray_file_that_makes_a_labelled_folder_is_named(tmp_path):
+    root = write(tmp_path / "c", Github__a_dot_jsonl=lines("a"), stray_dot_jsonl=lines("s"))
+    why = (
+        rf"{root} is not taken as a folder per domain because of {root}/stray\.jsonl: put it into a domain's folder, or elsewhere"
+    )
+    with pytest.raises(InputError, match=rf"Github/a\.jsonl, line 1: no field .*{why}"):
+        read(Source(root))
+    write(tmp_path / "c", A__a_dot_jsonl=lines("b", domain="A"))
+    with pytest.raises(InputError, match=rf"Github/a\.jsonl, line 1: no domain field 'domain'.*{why}"):
+        read(Source(root))
+    (tmp_path / "c" / "stray.jsonl").unlink()
+    assert read(Source(root)) == [("b", "A"), ("a", "Github")]

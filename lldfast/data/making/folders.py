@@ -52,12 +52,14 @@ class Survey:
         plain_text: files that are a document each.
         not_read, unexpected: why -> files; "unexpected" are read, though their names say something else.
         empty: files without text.
+        not_domains: folders with folders in them that are no domains -> the file in it that says so, by holding records.
     """
 
     plain_text: Listed = field(default_factory=Listed)
     empty: Listed = field(default_factory=Listed)
     not_read: dict[str, Listed] = field(default_factory=dict)
     unexpected: dict[str, Listed] = field(default_factory=dict)
+    not_domains: dict[Path, Path] = field(default_factory=dict)
 
     def leave_out(self, path: Path, why: str) -> None:
         self.not_read.setdefault(why, Listed()).add(str(path))
@@ -70,6 +72,16 @@ class Survey:
             self.plain_text.add(str(path))
         elif kind.holds == "empty":
             self.empty.add(str(path))
+
+    def why_labelled(self, path: Path) -> str:
+        """For an error about the label of a record of this file: why its folder does not give one, and what to do; or ""."""
+        for folder, records in self.not_domains.items():
+            if folder in path.parents:
+                way = "put it into a domain's folder, or elsewhere"
+                return (
+                    f" ({printable(str(folder))} is not taken as a folder per domain because of {printable(str(records))}: {way})"
+                )
+        return ""
 
     def notes(self) -> list[str]:
         """A line for each thing that a reader of the corpus should know."""
@@ -144,7 +156,10 @@ def files_of(folder: Path, labelled: bool, text_field: str, survey: Survey) -> l
     folders = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     kinds = {path: kind_of(path, text_field) for path in top}
     trigger = _is_records if folders else lambda path, kind: _is_records(path, kind) or kind.holds == "jsonl"
-    if labelled or any(trigger(path, kind) for path, kind in kinds.items()):
+    records = next((path for path, kind in kinds.items() if trigger(path, kind)), None)
+    if labelled or records:
+        if folders and records and not labelled:
+            survey.not_domains[folder] = records
         _leave_out(others, survey)
         return _labelled(folder, files, kinds, text_field, survey)
     names = {child.name for child in folders}
@@ -164,6 +179,7 @@ def files_of(folder: Path, labelled: bool, text_field: str, survey: Survey) -> l
 
 def _labelled(folder: Path, files: Iterable[Path], known: dict[Path, Kind], text_field: str, survey: Survey) -> list[Found]:
     kinds = _kinds(files, known, text_field, survey)
+    _refuse([(path, kind) for path, kind in kinds.items() if kind.refused])
     # Where no file has the text field, those that lack it are read: the error names the fields that they have.
     records = [path for path, kind in kinds.items() if _is_records(path, kind)]
     records = records or [path for path, kind in kinds.items() if kind.holds == "jsonl"]
@@ -179,11 +195,21 @@ def _labelled(folder: Path, files: Iterable[Path], known: dict[Path, Kind], text
 
 
 def _domain(folder: Path, text_field: str, survey: Survey) -> list[Found]:
-    """The files of one domain's folder: records are records, and what is not is a document."""
+    """The files of one domain's folder: records are records, and what is not is a document.
+
+    A file with records in a form that is not read is refused where at least half of the files are records, descriptions beside
+    them not counted; in a folder of texts it is one of them.
+    """
     files, others = _walk(folder)
     _leave_out(others, survey)
     kinds = _kinds(files, {}, text_field, survey)
     records = {path for path, kind in kinds.items() if _is_records(path, kind)}
+    unread = [(path, kind) for path, kind in kinds.items() if kind.refused]
+    if unread:
+        data = records.union(path for path, kind in kinds.items() if kind.refused or _may_be_records(path, kind))
+        texts = [path for path, kind in kinds.items() if kind.holds != "empty" and not BESIDE_RECORDS.fullmatch(path.name)]
+        if 2 * len(data) >= len(data.union(texts)):
+            _refuse(unread)
     if not records:  # most of the files decide what such lines are
         doubtful = {path for path, kind in kinds.items() if _may_be_records(path, kind)}
         records = doubtful if 2 * len(doubtful) >= sum(kind.holds != "empty" for kind in kinds.values()) else set()
@@ -194,7 +220,7 @@ def _domain(folder: Path, text_field: str, survey: Survey) -> list[Found]:
             survey.leave_out(path, "beside records")
             continue
         if path not in records and kind.holds != "empty":
-            kind.holds, kind.unexpected = "text", ""
+            kind.holds, kind.unexpected = "text", f"{kind.is_text}, taken as a document" if kind.refused else ""
         survey.take(path, kind)
         # An empty file is a document without text: so a domain of nothing else is told, and does not vanish.
         found.append(Found("text" if kind.holds == "empty" else kind.holds, path, folder.name))
@@ -220,7 +246,7 @@ def _kinds(files: Iterable[Path], known: Mapping[Path, Kind], text_field: str, s
             survey.leave_out(path, kind.is_text)
         else:
             kinds[path] = kind
-    _refuse([(path, kind) for path, kind in kinds.items() if kind.refused])
+    _refuse([(path, kind) for path, kind in kinds.items() if kind.refused and not kind.may_be_text])
     return kinds
 
 

@@ -53,6 +53,7 @@ class Kind:
         has_text: JSON lines: one of them has the text field.
         unexpected: for people, where the content is not what the name says; else "".
         refused: why it cannot be read, though it holds records or is an archive; else "".
+        may_be_text: it is refused as records, which code and configuration may look like: a document where most files are text.
     """
 
     holds: str
@@ -61,6 +62,7 @@ class Kind:
     has_text: bool = False
     unexpected: str = ""
     refused: str = ""
+    may_be_text: bool = False
 
 
 def kind_of(path: Path, text_field: str) -> Kind:
@@ -139,15 +141,17 @@ def _kind_of(head: bytes, complete: bool, name: Name, text_field: str, compressi
         known = (*JSON_LINES, ".json", "")
         unexpected = "" if name.suffix in known else f"JSON lines, called {name.suffix}"
         return Kind("jsonl", "JSON lines", len(objects), has_text, unexpected)
-    if plain[:1] in b"[{" and (first := _first_object(plain, text_field)):
-        return Kind("text", first, refused=f"{first} with records in it, not JSON lines: {AS_LINES}")
+    called_json = name.suffix in (*JSON_LINES, ".json")
+    if plain[:1] in b"[{" and (first := _first_object(plain, text_field)) and (called_json or _is_json(plain, complete)):
+        return Kind("text", first, refused=f"{first} with records in it, not JSON lines: {AS_LINES}", may_be_text=True)
     if name.suffix in JSON_LINES:
         return Kind("jsonl", "JSON lines", len(objects), has_text)
     if BINARY.match(head) or b"\0" in head[:HEAD_BYTES]:
         return Kind("binary", "binary")
     if (mark := TABLES.get(name.suffix)) and text_field in _columns(lines[0], mark):
         what = f"{name.suffix[1:].upper()} with a column {text_field!r}"
-        return Kind("text", what, refused=f"{what}, which is not read: write it as JSON lines or Parquet")
+        way = "write it as JSON lines or Parquet"
+        return Kind("text", what, refused=f"{what}, which is not read: {way}", may_be_text=True)
     return Kind("text", "JSON over several lines" if plain[:1] in b"[{" and name.suffix == ".json" else "plain text")
 
 
@@ -175,6 +179,24 @@ def _first_object(plain: bytes, text_field: str) -> str:
         key = re.escape(json.dumps(text_field.split(".")[0]))
         has_text = len(plain) >= HEAD_BYTES and re.search(rf"[{{,]\s*{key}\s*:", start) is not None
     return ("one JSON array" if array else "JSON objects over several lines") if has_text else ""
+
+
+def _is_json(plain: bytes, complete: bool) -> bool:
+    """Whether JSON over several lines is JSON to its end, or as far as the head shows: code may begin with a literal."""
+    text = plain.decode("utf-8", "ignore")
+    array, at = text[0] == "[", 0
+    at += array
+    while at < len(text):
+        if text[at].isspace() or (array and text[at] == ","):
+            at += 1
+        elif array and text[at] == "]":
+            return text[at + 1 :].lstrip()[:1] in ("", "[", "{")
+        else:
+            try:
+                at = json.JSONDecoder().raw_decode(text, at)[1]
+            except (ValueError, RecursionError):
+                return not complete  # the head may end inside a value
+    return not (array and complete)
 
 
 def _columns(line: bytes, mark: str) -> list[str]:

@@ -191,11 +191,11 @@ class Source:
         row = parse_line(raw) if item.kind == "jsonl" else raw
         text = field_of(row, self.text_field, "text field")
         check_text(text, self.text_field)
-        domain = item.domain or self._label(row)
+        domain = item.domain or self._label(row, item)
         check_label(domain, self.domain_field)
         return text, domain
 
-    def _label(self, row: Mapping[str, Any]) -> Any:
+    def _label(self, row: Mapping[str, Any], item: Input) -> Any:
         if self.domain_field is None:
             known = field_names(row)
             self.domain_field = next((name for name in LABEL_FIELDS if name in known), None)
@@ -203,9 +203,13 @@ class Source:
                 raise BadRecord(
                     "no domain field",
                     f"no field {' or '.join(LABEL_FIELDS)} to take the domain from; give the domain field."
-                    f" The fields are {listed(known, 30)}",
+                    f" The fields are {listed(known, 30)}{self.survey.why_labelled(Path(item.name))}",
                 )
-        label = field_of(row, self.domain_field, "domain field")
+        try:
+            label = field_of(row, self.domain_field, "domain field")
+        except BadRecord as error:
+            error.detail += self.survey.why_labelled(Path(item.name))
+            raise
         return str(label) if isinstance(label, int) and not isinstance(label, bool) else label
 
     def _parquet(self, item: Input, done: int) -> Iterator[Any]:
