@@ -77,10 +77,8 @@ class Survey:
         """For an error about the label of a record of this file: why its folder does not give one, and what to do; or ""."""
         for folder, records in self.not_domains.items():
             if folder in path.parents:
-                way = "put it into a domain's folder, or elsewhere"
-                return (
-                    f" ({printable(str(folder))} is not taken as a folder per domain because of {printable(str(records))}: {way})"
-                )
+                because = f"because of {printable(str(records))}: put it into a domain's folder, or elsewhere"
+                return f" ({printable(str(folder))} is not taken as a folder per domain {because})"
         return ""
 
     def notes(self) -> list[str]:

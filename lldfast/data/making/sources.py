@@ -24,6 +24,7 @@ from lldfast.data.making.records import BOM, BadRecord, check_label, check_text,
 from lldfast.data.making.rejects import Rejects
 from lldfast.errors import CorruptError, InputError, LLDError, listed
 
+SKIPPING = " (on_error skip, --on-error skip, leaves such records out)"
 LABEL_FIELDS = ("meta.pile_set_name", "domain")  # looked for, in this order, when no label field is given
 
 
@@ -110,7 +111,9 @@ class Source:
                 except BadRecord as error:
                     place = f"{item.unit} {error.line or record}"
                     if self.on_error == "stop":
-                        raise InputError(f"{item.name}, {place}{error.at}: {error.detail}") from None
+                        # Where the first record lacks a field, the fields were named wrongly: no record is to blame.
+                        hint = "" if error.reason.startswith("no ") and not self.met else SKIPPING
+                        raise InputError(f"{item.name}, {place}{error.at}: {error.detail}{hint}") from None
                     self.rejects.add(item.name, place, error.reason, error.detail)
                     continue
                 self.met.add(domain)
