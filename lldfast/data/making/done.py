@@ -65,7 +65,7 @@ def _check_files(out: Path, there: Mapping[str, Any]) -> None:
             tokenizer_from_manifest(shards.tokenizer, out)
         evalset = EvalSet.load(out / "eval.parquet")
     except InputError as error:  # a file that is not there, which is a fault of the folder and not of what was asked for
-        raise CorruptError(f"{error}; {out} was a finished folder: use overwrite to make it again") from None
+        raise CorruptError(f"{error}; {out} was a finished folder: use overwrite (--overwrite) to make it again") from None
     if evalset.hash != there.get("evalset_hash"):
         recorded = f"prepare.json recorded {there.get('evalset_hash')}"
         raise CorruptError(f"{out / 'eval.parquet'} was altered: its hash is {evalset.hash}, {recorded}")
@@ -73,14 +73,14 @@ def _check_files(out: Path, there: Mapping[str, Any]) -> None:
 
 def _differences(out: Path, there: Mapping[str, Any], record: Mapping[str, Any], source: Source) -> Iterator[str]:
     """How the folder's inputs and arguments differ from these, the cheapest looks first."""
-    again = "use overwrite, or remove it, to make it again"
+    again = "use overwrite (--overwrite), or remove it, to make it again"
     defaults = PrepareOptions()
     old = {name: getattr(defaults, name) for name in SINCE_VERSION_2} | dict(there.get("arguments") or {})
     new = record["arguments"]
     idle = _without_effect(there)
     different = [key for key in new if old.get(key) != new[key] and key not in idle]
     if changed := ", ".join(f"{key} = {old.get(key)!r}, now {new[key]!r}" for key in different):
-        yield f"with other arguments ({changed}): choose another folder, or overwrite"
+        yield f"with other arguments ({changed}): choose another folder, or use overwrite (--overwrite)"
     stamps, entries = record["inputs"], there.get("inputs")
     if not isinstance(entries, list) or not all(isinstance(entry, list) for entry in entries):
         raise CorruptError(f"{out / 'prepare.json'}: inputs is no list of lists")

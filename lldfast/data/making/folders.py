@@ -223,9 +223,10 @@ def _domain(folder: Path, text_field: str, survey: Survey) -> list[Found]:
         # An empty file is a document without text: so a domain of nothing else is told, and does not vanish.
         found.append(Found("text" if kind.holds == "empty" else kind.holds, path, folder.name))
     if not found:
-        beside = Survey()
-        _kinds(files, {}, text_field, beside)
-        what = f"no file that is read: {'; '.join(beside.notes())}" if files else "no files"
+        only = Survey()  # what is in this folder
+        _leave_out(others, only)
+        _kinds(files, {}, text_field, only)
+        what = f"no file that is read: {'; '.join(only.notes())}" if only.not_read else "no files"
         raise InputError(f"{folder}: the folder of domain {folder.name!r} has {what}")
     return found
 
