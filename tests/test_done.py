@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from lldfast.data.evalset import EvalSet
 from lldfast.data.making import builtin
 from lldfast.data.making.prepare import prepare, verify
 from lldfast.data.shards import TokenShards
-from lldfast.errors import InputError, MissingDependencyError
+from lldfast.errors import CorruptError, InputError, MissingDependencyError
 
 OPTIONS = {"tokenizer": "bytes", "eval_per_domain": 2, "progress": False}
 
@@ -35,7 +36,7 @@ def test_a_change_in_place_is_seen(tmp_path):
     out = prepare(inputs, tmp_path / "d", **OPTIONS)
     before = TokenShards(out).corpus_hash
     corpus(tmp_path / "c.jsonl", swap=True)
-    with pytest.raises(InputError, match=r"d was made when .*c\.jsonl had another content: use overwrite, or remove it"):
+    with pytest.raises(InputError, match=r"d was made when .*c\.jsonl had another content: use overwrite \(--overwrite\), or"):
         prepare(inputs, out, **OPTIONS)
     prepare(inputs, out, overwrite=True, **OPTIONS)
     assert TokenShards(out).corpus_hash != before
@@ -180,8 +181,8 @@ def test_a_folder_of_version_1_is_taken_with_a_note(tmp_path, capfd):
     verify(out)
     assert prepare(inputs, out, **OPTIONS) == out
     assert "only the sizes of its inputs are compared" in capfd.readouterr().err
-    with pytest.raises(InputError, match=r"other arguments \(on_error = 'stop', now 'skip'\)"):
-        prepare(inputs, out, on_error="skip", **OPTIONS)
+    with pytest.raises(InputError, match=r"other arguments \(seed = 0, now 1\)"):
+        prepare(inputs, out, seed=1, **OPTIONS)
 
 
 class Builder:
@@ -223,3 +224,72 @@ def test_a_tokenizer_that_cannot_be_looked_at(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("lldfast.data.making.done.load_tokenizer", unreachable)
     assert prepare(inputs, out, **OPTIONS) == out
     assert f"whether {out} was made with the tokenizer bytes of now cannot be told" in capfd.readouterr().err
+
+
+def a_tokenizer(folder: Path, **config: object) -> Path:
+    """A model folder's tokenizer with a token [X] that the configuration may call a control token."""
+    import tokenizers
+
+    if not folder.exists():
+        folder.mkdir()
+        vocab = {"<unk>": 0, "</s>": 1, "[X]": 2, **{chr(c): c - 30 for c in range(33, 127)}}
+        model = tokenizers.models.BPE(vocab, [], unk_token="<unk>", ignore_merges=True)
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_special_tokens(["</s>"])
+        tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", **config}))
+    return folder
+
+
+def test_other_control_tokens_make_another_tokenizer(tmp_path):
+    """They decide how a text is written; the tokenizer's file is the same."""
+    inputs = corpus(tmp_path / "c.jsonl")
+    options = {**OPTIONS, "tokenizer": str(a_tokenizer(tmp_path / "t"))}
+    out = prepare(inputs, tmp_path / "d", **options)
+    assert prepare(inputs, out, **options) == out
+    a_tokenizer(tmp_path / "t", additional_special_tokens=["[X]"])
+    with pytest.raises(InputError, match=r"when the tokenizer .* was another \(control ids 1, now 1, 2\)"):
+        prepare(inputs, out, **options)
+    a_tokenizer(tmp_path / "t", bos_token="[X]")
+    with pytest.raises(InputError, match=r"was another \(beginning id none, now 2; control ids 1, now 1, 2\)"):
+        prepare(inputs, out, **options)
+    a_tokenizer(tmp_path / "t")
+    record = json.loads((out / "prepare.json").read_text())
+    del record["tokenizer"]["control"]  # as folders are that were made before these were listed
+    (out / "prepare.json").write_text(json.dumps(record))
+    assert prepare(inputs, out, **options) == out
+
+
+@pytest.mark.parametrize("name", ["eval.parquet", "tokenizer.json", "shards/manifest.json"])
+def test_a_folder_that_lost_a_file_is_not_done(tmp_path, name):
+    inputs = corpus(tmp_path / "c.jsonl")
+    options = {**OPTIONS, "tokenizer": "bpe", "vocab_size": 260}
+    out = prepare(inputs, tmp_path / "d", **options)
+    before = (out / name).read_bytes()
+    (out / name).unlink()
+    with pytest.raises(CorruptError, match=rf"{Path(name).name}|no finished"):
+        prepare(inputs, out, **options)
+    prepare(inputs, out, overwrite=True, **options)
+    assert (out / name).read_bytes() == before
+
+
+def test_other_evaluation_texts_are_seen(tmp_path):
+    inputs = corpus(tmp_path / "c.jsonl")
+    out = prepare(inputs, tmp_path / "d", **OPTIONS)
+    EvalSet.from_texts(["other"], ["code"]).save(out / "eval.parquet")
+    with pytest.raises(CorruptError, match=r"d/eval\.parquet was altered"):
+        prepare(inputs, out, **OPTIONS)
+
+
+def test_what_to_do_with_bad_records_decides_only_where_there_are_any(tmp_path):
+    inputs = corpus(tmp_path / "c.jsonl")
+    out = prepare(inputs, tmp_path / "d", **OPTIONS)
+    assert prepare(inputs, out, on_error="skip", most_skipped=0.5, drop_small_domains=True, **OPTIONS) == out
+    with open(inputs, "a", encoding="utf-8") as file:
+        file.write('{"text": null, "domain": "code"}\n{"text": "small", "domain": "tiny"}\n')
+    skipping = {**OPTIONS, "on_error": "skip", "drop_small_domains": True}
+    out = prepare(inputs, tmp_path / "e", **skipping)
+    for other in ({"on_error": "stop"}, {"most_skipped": 0.01}, {"drop_small_domains": False}):
+        with pytest.raises(InputError, match=f"with other arguments .{next(iter(other))} = "):
+            prepare(inputs, out, **{**skipping, **other})

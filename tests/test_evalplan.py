@@ -92,7 +92,7 @@ def test_both_parts_get_exactly_their_texts(quota, share):
     taken = {part: sum(u.take for u in chosen.units if u.part == part) for part in ("estimate", "measure")}
     estimate = min(max(round(share * quota), 1), quota - 1)
     assert taken == {"estimate": estimate, "measure": quota - estimate}
-    assert chosen.held_out_by == "documents" and not chosen.warning
+    assert chosen.held_out_by == "documents"
     assert len({u.document for u in chosen.units}) == len(chosen.units) == quota  # one text a document while there are many
 
 
@@ -114,12 +114,11 @@ def test_few_huge_documents_are_held_out_by_ranges():
     assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(spans))
 
 
-def test_small_domain_gives_what_it_can_and_says_so():
+def test_small_domain_gives_what_it_can():
     found = candidates([random_text(i, 400) for i in range(10)])
     chosen = plan_domain("tiny", found, 100, 0.5, 0, set())
     assert 2 <= sum(u.take for u in chosen.units) <= 5
     assert sum(u.end - u.start for u in chosen.units) <= found.n_bytes / 2
-    assert "'tiny'" in chosen.warning and "not 100" in chosen.warning
 
 
 @pytest.mark.parametrize("texts", [["short"], ["a" * 300], ["a" * 300, "b" * 300], ["ab " * 60] * 500])

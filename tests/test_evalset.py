@@ -132,3 +132,17 @@ def test_surrogates_and_numbers_that_are_none(tmp_path):
     pq.write_table(table.set_column(column, "document", pa.array(["one"] * 5)), tmp_path / "e.parquet")
     with pytest.raises(CorruptError, match=r"e\.parquet: document numbers must be integers"):
         EvalSet.load(tmp_path / "e.parquet")
+
+
+@pytest.mark.parametrize("old", [b"some text", b"prose"])
+def test_bytes_that_are_no_longer_utf8_are_told(tmp_path, old):
+    """Parquet's pages have no checksum: only the text says that it was altered."""
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "eval.parquet"
+    EvalSet.from_texts(["some text"], ["prose"]).save(path)
+    pq.write_table(pq.read_table(path), path, compression="none")
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(old, b"\xff" + old[1:]))
+    with pytest.raises(CorruptError, match=r"eval\.parquet"):
+        EvalSet.load(path)

@@ -220,3 +220,133 @@ def test_prepare_names_and_records_them(tmp_path, capfd):
     assert {name: entry["documents_read"] for name, entry in record["domains"].items()} == {"prose": 9, "web": 9}
     prepare(root, tmp_path / "quiet", tokenizer="bytes", eval_per_domain=2, progress=False)
     assert "note:" not in capfd.readouterr().err
+
+
+BINARY = {
+    "pdf": b"%PDF-1.4\n1 0 obj << /Title (text) >> endobj\n",
+    "png": b"\x89PNG\r\n\x1a\n" + b"pixels" * 9,
+    "npy": b"\x93NUMPY\x01",
+    "pickle": b"\x80\x04K\x01.",
+    "elf": b"\x7fELF\x02",
+    "sqlite": b"SQLite format 3\x00",
+    "other": b"text and then\0 a NUL byte",
+}
+
+
+def test_binary_files_are_no_text(tmp_path):
+    files = {**BINARY, "z.gz": gzip.compress(BINARY["pdf"]), "a.txt": b"%PDF is a name"}
+    root = write(tmp_path / "c", **{f"d__{name.replace('.', '_dot_')}": raw for name, raw in files.items()})
+    source = Source(root)
+    assert read(source) == [("%PDF is a name", "d")]
+    assert source.survey.to_json()["not_read"] == {
+        "binary": {"count": 8, "names": [f"{root}/d/{name}" for name in sorted(files) if name != "a.txt"]}
+    }
+    (tmp_path / "c" / "d" / "a.txt").unlink()
+    with pytest.raises(InputError, match=r"the folder of domain 'd' has no file that is read: 8 files are not read \(binary\)"):
+        Source(root)
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(lines("a"))
+    assert read(Source(root)) == [("a", "d")]
+
+
+@pytest.mark.parametrize("name", [*BINARY, "a.json"])
+def test_a_binary_file_is_no_input(tmp_path, name):
+    (tmp_path / name).write_bytes(BINARY.get(name, BINARY["npy"]))
+    with pytest.raises(InputError, match=rf"{name} is binary, which is not read: give its text"):
+        Source(str(tmp_path / name))
+
+
+def test_a_domain_of_checksums_is_told(tmp_path):
+    root = write(tmp_path / "c", A__x_dot_md5=b"0", A__x_dot_idx=b"1", A___dot_x=b"2", B__a_dot_txt=b"b")
+    said = r"domain 'A' has no file that is read: 2 files are not read \(checksums.*A/x\.idx, .*; 1 file is not read \(hidden"
+    with pytest.raises(InputError, match=said):
+        Source(root)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_linked_folders_are_read_once(tmp_path, labelled):
+    write(tmp_path / "z", y__b_dot_jsonl_dot_gz=gzip.compress(lines("b", domain="A")))
+    root = write(tmp_path / "c", A__a_dot_jsonl=lines("a", domain="A"))
+    links = {"more": tmp_path / "z", "up": tmp_path / "c", "self": tmp_path / "c" / "A", "again": tmp_path / "z" / "y"}
+    for name, target in links.items():
+        (tmp_path / "c" / "A" / name).symlink_to(target)
+    (tmp_path / "z" / "around").symlink_to(tmp_path / "z")
+    source = Source(root, domain_field="domain" if labelled else None)
+    assert read(source) == [("a", "A"), ("b", "A")]
+    (left,) = source.survey.to_json()["not_read"].items()
+    assert left[0] == "a link to a folder that is read at its own place"
+    assert left[1]["names"] == [f"{root}/A/{name}" for name in ("more/around", "more/y", "self", "up")]
+
+
+def test_a_domain_may_be_a_link_to_another(tmp_path):
+    root = write(tmp_path / "c", A__a_dot_txt=b"a", A___dot_x=b"x")
+    (tmp_path / "c" / "B").symlink_to(tmp_path / "c" / "A")
+    source = Source(root)
+    assert read(source) == [("a", "A"), ("a", "B")]
+    assert source.survey.to_json()["not_read"] == {"hidden": {"count": 2, "names": [f"{root}/A/.x", f"{root}/B/.x"]}}
+
+
+@pytest.mark.parametrize("name", ["df.parquet.gz", "df.parquet.gzip", "df.pq.zst", "df.gz"])
+@pytest.mark.parametrize("parent", ["", "c/d/"])
+def test_parquet_is_known_by_its_bytes(tmp_path, name, parent):
+    """pandas' to_parquet("df.parquet.gzip", compression="gzip") compresses inside."""
+    path = tmp_path / parent / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": ["a"], "domain": ["d"]}), path, compression="gzip")
+    assert read(Source(str(tmp_path / "c" if parent else path))) == [("a", "d")]
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(InputError, match="Parquet, compressed as a whole: decompress it"):
+        Source(str(path))
+
+
+@pytest.mark.parametrize("head", [b"ORC\n", b"ORC\t", b"ORC\r\n"])
+def test_orc_is_known_by_both_ends(tmp_path, head):
+    root = write(tmp_path / "c", d__a_dot_txt=head + b"an orc is a monster\n")
+    assert read(Source(root))[0][0].startswith("ORC")
+    import pyarrow.orc
+
+    pyarrow.orc.write_table(pa.table({"text": ["a"]}), tmp_path / "c" / "d" / "a.txt")
+    with pytest.raises(InputError, match="is an ORC file"):
+        Source(root)
+
+
+UNREAD = {
+    "strings.json": json.dumps({"text": "hi", "n": 1}, indent=1).encode(),
+    "rows.json": json.dumps([{"text": "hi"}]).encode(),
+    "t.csv": b"text,n\none,1\n",
+}
+
+
+@pytest.mark.parametrize(("name", "raw"), UNREAD.items())
+def test_records_among_code_are_documents(tmp_path, name, raw):
+    root = write(tmp_path / "c", code__a_dot_py=b"a", code__b_dot_py=b"b")
+    (tmp_path / "c" / "code" / name).write_bytes(raw)
+    source = Source(root)
+    assert sorted(text for text, _ in read(source)) == sorted(["a", "b", raw.decode()])
+    (named,) = source.survey.unexpected.items()
+    assert named[0].endswith(", taken as a document") and str(named[1]) == f"{root}/code/{name}"
+    (tmp_path / "c" / "code" / "a.py").rename(tmp_path / "c" / "code" / "README.md")
+    with pytest.raises(InputError, match=rf"{name} is "):  # one of two, the description not counted
+        Source(root)
+
+
+def test_code_that_begins_like_records_is_text(tmp_path):
+    menu = b'[\n{"text": "a"},\n{"text": "b"}\n]'
+    for tail in (b".forEach(add)\n", b".forEach(add)\n" + b"// more\n" * 10_000):
+        root = write(tmp_path / "c", d__menu_dot_js=menu + tail)
+        assert read(Source(root)) == [((menu + tail).decode(), "d")]
+    with pytest.raises(InputError, match=r"menu\.js is one JSON array"):
+        Source(write(tmp_path / "c", d__menu_dot_js=menu))
+
+
+def test_a_stray_file_that_makes_a_labelled_folder_is_named(tmp_path):
+    root = write(tmp_path / "c", Github__a_dot_jsonl=lines("a"), stray_dot_jsonl=lines("s"))
+    why = (
+        rf"{root} is not taken as a folder per domain because of {root}/stray\.jsonl: put it into a domain's folder, or elsewhere"
+    )
+    with pytest.raises(InputError, match=rf"Github/a\.jsonl, line 1: no field .*{why}"):
+        read(Source(root))
+    write(tmp_path / "c", A__a_dot_jsonl=lines("b", domain="A"))
+    with pytest.raises(InputError, match=rf"Github/a\.jsonl, line 1: no domain field 'domain'.*{why}"):
+        read(Source(root))
+    (tmp_path / "c" / "stray.jsonl").unlink()
+    assert read(Source(root)) == [("b", "A"), ("a", "Github")]

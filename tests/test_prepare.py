@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -399,7 +400,7 @@ def test_progress_goes_to_stderr(corpus, tmp_path, capfd):
     prepare(corpus, tmp_path / "d", eval_per_domain=200, domains=["code"])
     out, err = capfd.readouterr()
     assert out == ""
-    assert "encoding" in err and "tokens/s" in err and "warning: domain 'code' gives" in err
+    assert "encoding" in err and "tokens/s" in err and "warning: fewer evaluation texts than asked for: 'code' (" in err
 
 
 def test_verify_finds_damage(corpus, made, tmp_path):
@@ -561,4 +562,33 @@ def test_one_text_in_a_part_is_warned_of(tmp_path):
         said = (
             f"one evaluation text in a part: {', '.join(map(repr, named))}, ... and 2 more; errors cannot be estimated from fewer"
         )
-        assert warnings == [f"{said} than two (eval_per_domain)"] * bool(named)
+        assert warnings == [f"{said} than two (option eval_per_domain, --eval-per-domain)"] * bool(named)
+
+
+def test_domains_with_fewer_texts_are_named_in_one_line(tmp_path):
+    inputs = write(tmp_path / "c.jsonl", [(text("code", i, 300), f"d{i % 12:02}") for i in range(60)])
+    for options, name in [({"eval_per_domain": 50}, "eval_per_domain"), ({"eval_texts": 600}, "eval_texts")]:
+        folder = prepare(inputs, tmp_path / name, tokenizer="bytes", progress=False, **options)
+        warning, *_ = json.loads((folder / "prepare.json").read_text())["warnings"]
+        listed = re.fullmatch(r"fewer evaluation texts than asked for: (.*); more would take half of a domain from.*", warning)
+        assert re.findall(r"'(d\d\d)' \(\d+ of \d\d\)", listed[1]) == [f"d{i:02}" for i in range(10)]
+        assert listed[1].endswith("... and 2 more") and f"(option {name}, --{name.replace('_', '-')})" in warning
+
+
+def test_a_folder_that_is_there_is_not_written_again(tmp_path, capfd):
+    from lldfast.__main__ import main
+
+    inputs = write(tmp_path / "c.jsonl", [(text("code", i, 300), "d") for i in range(9)])
+    with open(inputs[0], "a", encoding="utf-8") as file:
+        file.write("no record\n")
+    out = tmp_path / "d"
+    options = ["--tokenizer", "bytes", "--eval-per-domain", "50", "--on-error", "skip"]
+    warned = []
+    for last in (f"wrote {out}", f"{out} is there already, made of the same inputs with the same arguments"):
+        assert main(["prepare", *inputs, "--out", str(out), *options]) == 0
+        printed, err = capfd.readouterr()
+        assert printed.splitlines()[-1] == last
+        warned.append(re.findall(r"warning: .*", err))
+    assert warned[0] == warned[1] and len(warned[0]) == 2
+    assert main(["prepare", *inputs, "--out", str(out), *options, "--quiet"]) == 0
+    assert "warning" not in capfd.readouterr().err

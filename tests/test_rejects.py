@@ -14,10 +14,10 @@ from lldfast.errors import InputError
 from lldfast.train import parse_config
 
 BAD = [  # (line, reason, what stop says)
-    (b'{"text": null, "domain": "a"}', "text is null", "field 'text' must be text, got NoneType"),
-    (b'{"text": ["x"], "domain": "a"}', "text is not a string", "field 'text' must be text, got list"),
-    (b'{"text": "x", "domain": null}', "label is null", "field 'domain' must be a domain name, got NoneType"),
-    (b'{"text": "x", "domain": 1.5}', "label is not a string", "must be a domain name, got float"),
+    (b'{"text": null, "domain": "a"}', "text is null", "field 'text' must be text, got null"),
+    (b'{"text": ["x"], "domain": "a"}', "text is not a string", "field 'text' must be text, got a list"),
+    (b'{"text": "x", "domain": null}', "label is null", "field 'domain' must be a domain name, got null"),
+    (b'{"text": "x", "domain": 1.5}', "label is not a string", "must be a domain name, got a number"),
     (b'{"text": "x", "domain": " "}', "label is empty", "the domain name is empty"),
     (b'{"text": "x", "domain": "a\\u0000"}', "label has a control character", "has a control character"),
     (b'{"text": "x"}', "no domain field", "no domain field 'domain'"),
@@ -27,7 +27,7 @@ BAD = [  # (line, reason, what stop says)
     (b'{"text": "x", "domain": "a", "n": ' + b"7" * 5000 + b"}", "integer too long", "an integer of more digits than Python"),
     (b'{"text": "x", "domain": "a"', "invalid JSON", "not valid JSON"),
     (b'{"text": "x\xff", "domain": "a"}', "invalid UTF-8", "invalid UTF-8"),
-    (b'"x"', "not a JSON object", "expected a JSON object, got str"),
+    (b'"x"', "not a JSON object", "expected a JSON object, got a string"),
     (b'{"text": ' + b"[" * 200_000, "JSON nested too deeply", "JSON nested too deeply"),
 ]
 
@@ -149,3 +149,13 @@ def test_a_run_s_configuration_has_them():
     config = parse_config(["--data.on_error", "skip", "--data.most_skipped", "0.2", "--data.drop_small_domains", "true"])
     given = config.data.corpus_options()
     assert (given["on_error"], given["most_skipped"], given["drop_small_domains"]) == ("skip", 0.2, True)
+
+
+def test_stopping_says_how_not_to(tmp_path):
+    (tmp_path / "c.jsonl").write_bytes(b"\n".join([*good(3), BAD[0][0]]))
+    with pytest.raises(InputError, match=r"got null \(on_error skip, --on-error skip, leaves such records out\)$"):
+        list(Source(str(tmp_path / "c.jsonl")).documents())
+    with pytest.raises(
+        InputError, match=r"no text field 'body'; the fields are text, domain\.$"
+    ):  # of all records, not of a bad one
+        list(Source(str(tmp_path / "c.jsonl"), text_field="body").documents())

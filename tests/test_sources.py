@@ -139,7 +139,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     datasets.DatasetDict(test=data).save_to_disk(str(tmp_path / "disk"))
     options = {"split": "test", "domain_field": "kind"}
     assert read([str(tmp_path / "disk")], on_error="skip", **options) == [("a", "spam"), ("b", "ham")]
-    with pytest.raises(InputError, match="disk, row 3: field 'kind' must be a domain name, got NoneType"):
+    with pytest.raises(InputError, match="disk, row 3: field 'kind' must be a domain name, got null"):
         read([str(tmp_path / "disk")], **options)
     with pytest.raises(InputError, match="no split 'train'; it has test"):
         read([str(tmp_path / "disk")], domain_field="kind")
@@ -161,14 +161,14 @@ def test_a_stream_that_breaks_is_never_skipped(tmp_path, monkeypatch):
 
 BAD_LINES = [
     (b'{"text": "a"', r"line 4: not valid JSON"),
-    (b"[1, 2]", r"line 4: expected a JSON object, got list"),
+    (b"[1, 2]", r"line 4: expected a JSON object, got a list"),
     (b'{"text": "a\xff", "meta": {"pile_set_name": "x"}}', r"line 4, byte 12: invalid UTF-8"),
     (b'{"txet": "a", "meta": {"pile_set_name": "x"}}', r"line 4: no text field 'text'; the fields are txet.*Did you mean 'txet'"),
     (b'{"text": "a", "meta": {"pile_setname": "x"}}', r"line 4: no domain field .*Did you mean 'meta.pile_setname'"),
-    (b'{"text": 3, "meta": {"pile_set_name": "x"}}', r"line 4: field 'text' must be text, got int"),
-    (b'{"text": null, "meta": {"pile_set_name": "x"}}', r"line 4: field 'text' must be text, got NoneType"),
+    (b'{"text": 3, "meta": {"pile_set_name": "x"}}', r"line 4: field 'text' must be text, got a number"),
+    (b'{"text": null, "meta": {"pile_set_name": "x"}}', r"line 4: field 'text' must be text, got null"),
     (b'{"text": "a", "meta": {"pile_set_name": ""}}', r"line 4: the domain name is empty"),
-    (b'{"text": "a", "meta": {"pile_set_name": ["x"]}}', r"line 4: field 'meta.pile_set_name' must be a domain name, got list"),
+    (b'{"text": "a", "meta": {"pile_set_name": ["x"]}}', r"line 4: field 'meta.pile_set_name' must be a domain name, got a list"),
     (b'{"text": "a \\ud800", "meta": {"pile_set_name": "x"}}', r"line 4: the text is not valid Unicode"),
     (b"[" * 100_000, r"line 4: (JSON nested too deeply|not valid JSON)"),
 ]

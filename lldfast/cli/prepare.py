@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lldfast.cli.options import add_fields, values_of
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
 
     if bool(options.inputs) == bool(options.source):
         raise InputError("prepare needs either inputs or --source builtin")
+    before = _file_of(options.out)
     out = prepare(
         options.source or options.inputs,
         options.out,
@@ -51,4 +53,14 @@ def run(options: argparse.Namespace) -> None:
     for name in shards.domains:
         rows.append((name, f"{shards.n_documents[name]:,}", f"{shards.n_tokens[name]:,}", f"{texts[name]:,}"))
     print("\n".join(aligned(rows, least=(0, 10, 13, 10))))
-    print(f"wrote {out}")
+    same = before is not None and before == _file_of(out)
+    print(f"{out} is there already, made of the same inputs with the same arguments" if same else f"wrote {out}")
+
+
+def _file_of(out: str | Path) -> tuple[int, int] | None:
+    """What tells a folder's record from that of a folder which took its place."""
+    try:
+        found = (Path(out) / "prepare.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

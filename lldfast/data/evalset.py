@@ -151,21 +151,23 @@ class EvalSet:
 
         if not Path(path).is_file():
             raise InputError(f"{path}: no such evaluation corpus")
-        try:
+        try:  # bytes of a text or a name that are no longer UTF-8 are found only where they become Python's strings
             table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
+            names = list(table.column_names)
+            data: dict[str, list[Any]] = {name: table[name].to_pylist() for name in COLUMNS if names.count(name) == 1}
+            metadata = table.schema.metadata or {}
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise CorruptError(f"{path} is not a readable Parquet file ({error})") from None
-        missing = [name for name in COLUMNS if name not in table.column_names]
+        missing = [name for name in COLUMNS if name not in data]
         if missing:
-            there = ", ".join(table.column_names)
+            there = ", ".join(names)
             raise CorruptError(f"{path} is not an evaluation corpus: it has no column {missing[0]} (its columns: {there})")
-        data: dict[str, list[Any]] = {name: table[name].to_pylist() for name in COLUMNS}
         try:
             evalset = cls(data["text"], data["domain"], data["part"], data["document"])
         except (InputError, TypeError) as error:
             raise CorruptError(f"{path}: {error}") from None
-        stored = (table.schema.metadata or {}).get(b"hash")
-        if stored is not None and stored.decode() != evalset.hash:
+        stored = metadata.get(b"hash")
+        if stored is not None and stored != evalset.hash.encode():
             raise CorruptError(f"{path}: the texts no longer fit the hash stored with them; the file was altered")
         if data["n_bytes"] != evalset.n_bytes.tolist():
             raise CorruptError(f"{path}: column n_bytes does not fit the texts")

@@ -81,7 +81,6 @@ class TooSmall(InputError):
 class Chosen(NamedTuple):
     held_out_by: str  # "documents" or "ranges"
     units: list[Unit]
-    warning: str
 
 
 @dataclass
@@ -285,7 +284,8 @@ def make_plan(
         for name, has in sorted(small.items())
     }
     left_out = [f"left out, too small for evaluation texts: {listed(map(repr, dropped))}"] if dropped else []
-    warnings = left_out + [choice.warning for choice in chosen.values() if choice.warning] + _without_errors(chosen)
+    option = "eval_texts" if eval_per_domain is None else "eval_per_domain"
+    warnings = left_out + _fewer(chosen, counts, option) + _without_errors(chosen)
     n_bytes = sum(item.n_bytes for item in found.values())
     return EvalPlan(entries, units, n_documents, n_bytes, warnings, dropped, source.rejects.to_json(), source.domain_field)
 
@@ -321,12 +321,22 @@ def _choose(
 
 def _named(small: Mapping[str, str]) -> str:
     """Which domains cannot be used, all of them, and why."""
-    way = "add text, leave the domain out, or drop what is too small (drop_small_domains)"
+    way = "add text, leave the domain out, or drop what is too small (option drop_small_domains, --drop-small-domains)"
     if len(small) == 1:
         ((name, has),) = small.items()
         return f"domain {name!r} is too small for evaluation texts: it has {has}. {ENOUGH}; {way}"
     domains = ", ".join(f"{name!r} ({has})" for name, has in sorted(small.items()))
     return f"{len(small)} domains are too small for evaluation texts: {domains}. {ENOUGH}; {way}"
+
+
+def _fewer(chosen: Mapping[str, Chosen], counts: Mapping[str, int], option: str) -> list[str]:
+    """A warning that names the domains which give fewer texts than `counts` says."""
+    got = {name: _texts(choice.units) for name, choice in chosen.items()}
+    few = [f"{name!r} ({got[name]:,} of {counts[name]:,})" for name in chosen if got[name] < counts[name]]
+    if not few:
+        return []
+    why = f"more would take half of a domain from training (option {option}, --{option.replace('_', '-')})"
+    return [f"fewer evaluation texts than asked for: {listed(few)}; {why}"]
 
 
 def _without_errors(chosen: Mapping[str, Chosen]) -> list[str]:
@@ -337,7 +347,8 @@ def _without_errors(chosen: Mapping[str, Chosen]) -> list[str]:
     if not few:
         return []
     names = listed(map(repr, few))
-    return [f"one evaluation text in a part: {names}; errors cannot be estimated from fewer than two (eval_per_domain)"]
+    way = "option eval_per_domain, --eval-per-domain"
+    return [f"one evaluation text in a part: {names}; errors cannot be estimated from fewer than two ({way})"]
 
 
 def quotas(n_bytes: Mapping[str, int], eval_texts: int | None, eval_per_domain: int | None) -> dict[str, int]:
@@ -371,7 +382,7 @@ def plan_domain(domain: str, found: Candidates, quota: int, estimate_share: floa
     while take < 2 * largest:
         units = _fill([(c, 0, c.n_bytes, min(take, c.n_chunks)) for c in documents], targets, most)
         if _texts(units) == quota and _bytes(units) <= allowed:
-            return Chosen("documents", units, "")
+            return Chosen("documents", units)
         take *= 2
     best: list[Unit] = []
     for size in RANGE_BYTES:
@@ -391,9 +402,7 @@ def plan_domain(domain: str, found: Candidates, quota: int, estimate_share: floa
     if {unit.part for unit in best} != set(targets) or _bytes(best) >= found.n_bytes:
         have = f"{len(documents)} different documents with over {MIN_BYTES} bytes of text"
         raise TooSmall(domain, f"{have}, of {found.documents} ({found.n_bytes} bytes)")
-    got = _texts(best)
-    warning = f"domain {domain!r} gives {got} evaluation texts, not {quota}: more would take half of it from training"
-    return Chosen("ranges", best, "" if got == quota else warning)
+    return Chosen("ranges", best)
 
 
 def _fill(pieces: Iterable[Piece], targets: Mapping[str, int], most_bytes: float) -> list[Unit]:

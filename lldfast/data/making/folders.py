@@ -52,12 +52,14 @@ class Survey:
         plain_text: files that are a document each.
         not_read, unexpected: why -> files; "unexpected" are read, though their names say something else.
         empty: files without text.
+        not_domains: folders with folders in them that are no domains -> the file in it that says so, by holding records.
     """
 
     plain_text: Listed = field(default_factory=Listed)
     empty: Listed = field(default_factory=Listed)
     not_read: dict[str, Listed] = field(default_factory=dict)
     unexpected: dict[str, Listed] = field(default_factory=dict)
+    not_domains: dict[Path, Path] = field(default_factory=dict)
 
     def leave_out(self, path: Path, why: str) -> None:
         self.not_read.setdefault(why, Listed()).add(str(path))
@@ -70,6 +72,14 @@ class Survey:
             self.plain_text.add(str(path))
         elif kind.holds == "empty":
             self.empty.add(str(path))
+
+    def why_labelled(self, path: Path) -> str:
+        """For an error about the label of a record of this file: why its folder does not give one, and what to do; or ""."""
+        for folder, records in self.not_domains.items():
+            if folder in path.parents:
+                because = f"because of {printable(str(records))}: put it into a domain's folder, or elsewhere"
+                return f" ({printable(str(folder))} is not taken as a folder per domain {because})"
+        return ""
 
     def notes(self) -> list[str]:
         """A line for each thing that a reader of the corpus should know."""
@@ -115,6 +125,8 @@ def one_file(path: Path, text_field: str, survey: Survey) -> Found:
     kind = kind_of(path, text_field)
     if kind.refused:
         raise InputError(f"{path} is {kind.refused}")
+    if kind.holds == "binary":
+        raise InputError(f"{path} is binary, which is not read: give its text, as JSON lines, Parquet or files of plain text")
     called_json = read_name(path).suffix in (*JSON_LINES, ".json")
     if kind.holds in ("text", "empty") and not called_json:
         what = "it is empty" if kind.holds == "empty" else f"it holds {kind.is_text}"
@@ -137,18 +149,23 @@ def files_of(folder: Path, labelled: bool, text_field: str, survey: Survey) -> l
         InputError: there is nothing to read, or a file holds records in a form that is not read.
         CorruptError: a file cannot be decompressed.
     """
-    files, hidden = _walk(folder)
-    for path in hidden:
-        survey.leave_out(path, "hidden" if path.is_file() else "a link to nothing")
+    files, others = _walk(folder)
     top = [path for path in files if path.parent == folder and not NEVER_TEXT.fullmatch(path.name)]
     folders = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     kinds = {path: kind_of(path, text_field) for path in top}
     trigger = _is_records if folders else lambda path, kind: _is_records(path, kind) or kind.holds == "jsonl"
-    if labelled or any(trigger(path, kind) for path, kind in kinds.items()):
+    records = next((path for path, kind in kinds.items() if trigger(path, kind)), None)
+    if labelled or records:
+        if folders and records and not labelled:
+            survey.not_domains[folder] = records
+        _leave_out(others, survey)
         return _labelled(folder, files, kinds, text_field, survey)
+    names = {child.name for child in folders}
     if not folders:
         _refuse([(path, kind) for path, kind in kinds.items() if kind.refused])
         raise InputError(f"{folder}: neither data files nor a folder per domain in it")
+    # A domain may be a link to another, and one that is hidden is none: what is in the domains they tell themselves.
+    _leave_out({path: why for path, why in others.items() if path.relative_to(folder).parts[0] not in names}, survey)
     for path in files:
         if path.parent == folder:
             survey.leave_out(path, "in no domain's folder")
@@ -160,6 +177,7 @@ def files_of(folder: Path, labelled: bool, text_field: str, survey: Survey) -> l
 
 def _labelled(folder: Path, files: Iterable[Path], known: dict[Path, Kind], text_field: str, survey: Survey) -> list[Found]:
     kinds = _kinds(files, known, text_field, survey)
+    _refuse([(path, kind) for path, kind in kinds.items() if kind.refused])
     # Where no file has the text field, those that lack it are read: the error names the fields that they have.
     records = [path for path, kind in kinds.items() if _is_records(path, kind)]
     records = records or [path for path, kind in kinds.items() if kind.holds == "jsonl"]
@@ -175,9 +193,21 @@ def _labelled(folder: Path, files: Iterable[Path], known: dict[Path, Kind], text
 
 
 def _domain(folder: Path, text_field: str, survey: Survey) -> list[Found]:
-    """The files of one domain's folder: records are records, and what is not is a document."""
-    kinds = _kinds(_walk(folder)[0], {}, text_field, survey)
+    """The files of one domain's folder: records are records, and what is not is a document.
+
+    A file with records in a form that is not read is refused where at least half of the files are records, descriptions beside
+    them not counted; in a folder of texts it is one of them.
+    """
+    files, others = _walk(folder)
+    _leave_out(others, survey)
+    kinds = _kinds(files, {}, text_field, survey)
     records = {path for path, kind in kinds.items() if _is_records(path, kind)}
+    unread = [(path, kind) for path, kind in kinds.items() if kind.refused]
+    if unread:
+        data = records.union(path for path, kind in kinds.items() if kind.refused or _may_be_records(path, kind))
+        texts = [path for path, kind in kinds.items() if kind.holds != "empty" and not BESIDE_RECORDS.fullmatch(path.name)]
+        if 2 * len(data) >= len(data.union(texts)):
+            _refuse(unread)
     if not records:  # most of the files decide what such lines are
         doubtful = {path for path, kind in kinds.items() if _may_be_records(path, kind)}
         records = doubtful if 2 * len(doubtful) >= sum(kind.holds != "empty" for kind in kinds.values()) else set()
@@ -188,17 +218,21 @@ def _domain(folder: Path, text_field: str, survey: Survey) -> list[Found]:
             survey.leave_out(path, "beside records")
             continue
         if path not in records and kind.holds != "empty":
-            kind.holds, kind.unexpected = "text", ""
+            kind.holds, kind.unexpected = "text", f"{kind.is_text}, taken as a document" if kind.refused else ""
         survey.take(path, kind)
         # An empty file is a document without text: so a domain of nothing else is told, and does not vanish.
         found.append(Found("text" if kind.holds == "empty" else kind.holds, path, folder.name))
     if not found:
-        raise InputError(f"{folder}: the folder of domain {folder.name!r} has no files")
+        only = Survey()  # what is in this folder
+        _leave_out(others, only)
+        _kinds(files, {}, text_field, only)
+        what = f"no file that is read: {'; '.join(only.notes())}" if only.not_read else "no files"
+        raise InputError(f"{folder}: the folder of domain {folder.name!r} has {what}")
     return found
 
 
 def _kinds(files: Iterable[Path], known: Mapping[Path, Kind], text_field: str, survey: Survey) -> dict[Path, Kind]:
-    """What the files hold, without those that are never text.
+    """What the files hold, without those that are never text: by their names, or binary.
 
     Raises:
         InputError: one holds records, or is an archive, in a form that is not read.
@@ -207,9 +241,11 @@ def _kinds(files: Iterable[Path], known: Mapping[Path, Kind], text_field: str, s
     for path in files:
         if NEVER_TEXT.fullmatch(path.name):
             survey.leave_out(path, "checksums, indexes and marks")
+        elif (kind := known.get(path) or kind_of(path, text_field)).holds == "binary":
+            survey.leave_out(path, kind.is_text)
         else:
-            kinds[path] = known.get(path) or kind_of(path, text_field)
-    _refuse([(path, kind) for path, kind in kinds.items() if kind.refused])
+            kinds[path] = kind
+    _refuse([(path, kind) for path, kind in kinds.items() if kind.refused and not kind.may_be_text])
     return kinds
 
 
@@ -223,6 +259,11 @@ def _may_be_records(path: Path, kind: Kind) -> bool:
     return kind.holds == "jsonl" and kind.n_objects > 1 and read_name(path).suffix in (".json", "")
 
 
+def _leave_out(others: Mapping[Path, str], survey: Survey) -> None:
+    for path, why in others.items():
+        survey.leave_out(path, why)
+
+
 def _refuse(refused: list[tuple[Path, Kind]]) -> None:
     if refused:
         shown = "; ".join(f"{path} is {kind.refused}" for path, kind in refused[:MOST_SHOWN])
@@ -230,11 +271,38 @@ def _refuse(refused: list[tuple[Path, Kind]]) -> None:
         raise InputError(f"{shown}{more}; or move what is no data out of the folder")
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(files, what is never looked at) under a folder, sorted: the latter are hidden, in a hidden folder, or links to nothing."""
+def _walk(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """(files, why not for each thing that is never looked at) under a folder, sorted.
+
+    Links to folders elsewhere are followed. A link to what lies around it, or is read at its own place, would be read twice
+    or for ever.
+    """
     files: list[Path] = []
-    others: list[Path] = []
-    for path in sorted(path for path in folder.glob("**/*") if not path.is_dir()):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        (others if hidden or not path.is_file() else files).append(path)
-    return files, others
+    others: dict[Path, str] = {}
+    root, walked = folder.resolve(), set()
+
+    def look(here: Path, hidden: bool) -> None:
+        walked.add(here.resolve())
+        try:
+            children = sorted(here.iterdir())
+        except PermissionError:
+            others[here] = "a folder that may not be read"
+            return
+        for path in children:
+            out_of_sight = hidden or path.name.startswith(".")
+            if path.is_dir():
+                real = path.resolve()
+                twice = real in walked or (path.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real)))
+                if not twice:
+                    look(path, out_of_sight)
+                elif not hidden:
+                    others[path] = "a link to a folder that is read at its own place"
+            elif not path.is_file():
+                others[path] = "a link to nothing" if path.is_symlink() else "no regular file"
+            elif out_of_sight:
+                others[path] = "hidden"
+            else:
+                files.append(path)
+
+    look(folder, False)
+    return sorted(files), dict(sorted(others.items()))

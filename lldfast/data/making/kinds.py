@@ -1,4 +1,4 @@
-"""What a file holds, told by its content: JSON lines, Parquet, plain text, or something that is not read.
+"""What a file holds, told by its content: JSON lines, Parquet, plain text, or something that is not read (binary, archives).
 
 A name settles only what content leaves open: a first line that is no JSON is a bad record of a file called .jsonl, else text.
 """
@@ -16,6 +16,7 @@ from lldfast.data.making.compression import RECOMPRESS, Name, blocks, compressio
 from lldfast.data.making.records import BOM, has_field
 from lldfast.errors import CorruptError
 
+PARQUET_NAMES = (".parquet", ".pq")
 JSON_LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines")
 TABLES = {".csv": ",", ".tsv": "\t"}
 HEAD_BYTES = 1 << 16
@@ -24,7 +25,7 @@ AS_LINES = "write one record a line, as `jq -c` does"
 
 # Formats that hold records but are not read.
 REFUSED = re.compile(
-    rb"(?P<arrow>ARROW1\x00\x00|\xff\xff\xff\xff[\x00-\xff]{2}\x00\x00|FEA1\x00)|(?P<orc>ORC[\x00-\x1f])|(?P<avro>Obj\x01)"
+    rb"(?P<arrow>ARROW1\x00\x00|\xff\xff\xff\xff[\x00-\xff]{2}\x00\x00|FEA1\x00)|(?P<orc>ORC)|(?P<avro>Obj\x01)"
     rb"|(?P<utf16>\xff\xfe|\xfe\xff)"
 )
 REFUSED_AS = {
@@ -34,6 +35,11 @@ REFUSED_AS = {
     "utf16": ("text in UTF-16", "write it as UTF-8"),
 }
 PARQUET = re.compile(rb"PAR1\x15")
+# Beginnings of files that are no text. Most other such files have a NUL byte soon, which no text needs.
+BINARY = re.compile(
+    rb"%PDF-\d\.\d *[\r\n]|\x89(?:PNG|HDF)\r\n|\xff\xd8\xff|\x93NUMPY|\x80[\x02-\x05]|\x7fELF|\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+    rb"|\xca\xfe\xba\xbe|[\xcf\xce]\xfa\xed\xfe"
+)
 
 
 @dataclass
@@ -41,12 +47,13 @@ class Kind:
     """What was found out about a file.
 
     Attributes:
-        holds: "jsonl", "parquet", "text" or "empty".
+        holds: "jsonl", "parquet", "text", "binary" or "empty".
         is_text: for people, what it is if it is taken as plain text or not read.
         n_objects: JSON lines: objects among the first lines.
         has_text: JSON lines: one of them has the text field.
         unexpected: for people, where the content is not what the name says; else "".
         refused: why it cannot be read, though it holds records or is an archive; else "".
+        may_be_text: it is refused as records, which code and configuration may look like: a document where most files are text.
     """
 
     holds: str
@@ -55,6 +62,7 @@ class Kind:
     has_text: bool = False
     unexpected: str = ""
     refused: str = ""
+    may_be_text: bool = False
 
 
 def kind_of(path: Path, text_field: str) -> Kind:
@@ -74,12 +82,14 @@ def kind_of(path: Path, text_field: str) -> Kind:
         return Kind("text", refused=refused(head) or "compressed twice: decompress it once")
     if not stored:  # of no bytes at all, whatever it is called
         return Kind("parquet" if name.suffix == ".parquet" else "empty")
-    kind = _kind_of(head, complete, name, text_field)
+    kind = _kind_of(head, complete, name, text_field, compression, head[-4:] if complete else b"" if compression else _tail(path))
     if name.compression and compression is None and kind.holds != "parquet" and not kind.n_objects and not kind.refused:
         if name.compression == "unread":
             kind.refused = f"called {path.suffix}, a compression that is not read: {RECOMPRESS}"
             return kind
         raise CorruptError(f"{path} is damaged after 0 complete lines: its name says {name.compression}, its first bytes do not")
+    if kind.holds == "parquet" and name.suffix in PARQUET_NAMES:  # pandas names the compression inside: .parquet.gzip
+        return kind
     if name.compression and name.compression != compression and not kind.unexpected:
         kind.unexpected = f"{'compressed with ' + compression if compression else 'not compressed'}, called {path.suffix}"
     return kind
@@ -101,12 +111,21 @@ def _head(path: Path) -> tuple[bytes, bool]:
     return bytes(head), True
 
 
-def _kind_of(head: bytes, complete: bool, name: Name, text_field: str) -> Kind:
+def _tail(path: Path) -> bytes:
+    """The last four bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 4))
+        return file.read()
+
+
+def _kind_of(head: bytes, complete: bool, name: Name, text_field: str, compression: str | None, tail: bytes) -> Kind:
+    """`compression` is that of the stored bytes, `tail` the last four bytes, where they are known."""
     if PARQUET.match(head) or (name.suffix == ".parquet" and not head.lstrip().startswith(b"{")):
-        unexpected = "" if name.suffix in (".parquet", ".pq", "") else f"Parquet, called {name.suffix}"
-        compressed = "Parquet, compressed as a whole: decompress it" if name.compression else ""
+        unexpected = "" if name.suffix in (*PARQUET_NAMES, "") else f"Parquet, called {name.suffix}"
+        compressed = "Parquet, compressed as a whole: decompress it" if compression else ""
         return Kind("parquet", "Parquet", unexpected=unexpected, refused=compressed)
-    if other := REFUSED.match(head):
+    # An ORC file says so at both ends; a text may begin with these letters.
+    if (other := REFUSED.match(head)) and (other.lastgroup != "orc" or tail.startswith(b"ORC")):
         what, way = REFUSED_AS[str(other.lastgroup)]
         return Kind("text", what, refused=f"{what}, which is not read: {way}")
     plain = head.removeprefix(BOM).lstrip()
@@ -122,13 +141,17 @@ def _kind_of(head: bytes, complete: bool, name: Name, text_field: str) -> Kind:
         known = (*JSON_LINES, ".json", "")
         unexpected = "" if name.suffix in known else f"JSON lines, called {name.suffix}"
         return Kind("jsonl", "JSON lines", len(objects), has_text, unexpected)
-    if plain[:1] in b"[{" and (first := _first_object(plain, text_field)):
-        return Kind("text", first, refused=f"{first} with records in it, not JSON lines: {AS_LINES}")
+    called_json = name.suffix in (*JSON_LINES, ".json")
+    if plain[:1] in b"[{" and (first := _first_object(plain, text_field)) and (called_json or _is_json(plain, complete)):
+        return Kind("text", first, refused=f"{first} with records in it, not JSON lines: {AS_LINES}", may_be_text=True)
     if name.suffix in JSON_LINES:
         return Kind("jsonl", "JSON lines", len(objects), has_text)
+    if BINARY.match(head) or b"\0" in head[:HEAD_BYTES]:
+        return Kind("binary", "binary")
     if (mark := TABLES.get(name.suffix)) and text_field in _columns(lines[0], mark):
         what = f"{name.suffix[1:].upper()} with a column {text_field!r}"
-        return Kind("text", what, refused=f"{what}, which is not read: write it as JSON lines or Parquet")
+        way = "write it as JSON lines or Parquet"
+        return Kind("text", what, refused=f"{what}, which is not read: {way}", may_be_text=True)
     return Kind("text", "JSON over several lines" if plain[:1] in b"[{" and name.suffix == ".json" else "plain text")
 
 
@@ -156,6 +179,24 @@ def _first_object(plain: bytes, text_field: str) -> str:
         key = re.escape(json.dumps(text_field.split(".")[0]))
         has_text = len(plain) >= HEAD_BYTES and re.search(rf"[{{,]\s*{key}\s*:", start) is not None
     return ("one JSON array" if array else "JSON objects over several lines") if has_text else ""
+
+
+def _is_json(plain: bytes, complete: bool) -> bool:
+    """Whether JSON over several lines is JSON to its end, or as far as the head shows: code may begin with a literal."""
+    text = plain.decode("utf-8", "ignore")
+    array, at = text[0] == "[", 0
+    at += array
+    while at < len(text):
+        if text[at].isspace() or (array and text[at] == ","):
+            at += 1
+        elif array and text[at] == "]":
+            return text[at + 1 :].lstrip()[:1] in ("", "[", "{")
+        else:
+            try:
+                at = json.JSONDecoder().raw_decode(text, at)[1]
+            except (ValueError, RecursionError):
+                return not complete  # the head may end inside a value
+    return not (array and complete)
 
 
 def _columns(line: bytes, mark: str) -> list[str]:

@@ -133,6 +133,8 @@ def prepare(
     for line in source.survey.notes() if progress else ():
         note(f"note: {line}")
     if is_done(out, record, source, overwrite):
+        for line in _warnings(out, read_json(out / "prepare.json")) if progress else ():
+            note(f"warning: {line}")
         return out
     ready = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
     if ready is not None:
@@ -149,9 +151,8 @@ def prepare(
                 parts = _encoded(source, plan, ready, work, seed, workers, progress)
                 _check_unchanged(source, contents, work)
                 _publish(_assemble(plan, ready, parts, work, record, source), out)
-                if plan.skipped["skipped"] and progress:
-                    count = f"{plan.skipped['skipped']:,} of {plan.skipped['records']:,} records"
-                    note(f"warning: skipped {count}: {counted(plan.skipped['reasons'])}; {out / 'prepare.json'} lists them")
+                for line in _warnings(out, {"skipped": plan.skipped}) if progress else ():  # the others were said before
+                    note(f"warning: {line}")
             shutil.rmtree(work)
         finally:
             if work.exists() and not (work / "plan.json").exists():  # nothing that could be resumed
@@ -214,6 +215,16 @@ def verify(path: str | os.PathLike[str]) -> None:
         for i in range(shards.n_documents[name]):
             if token_hash(tokens[offsets[i] : offsets[i + 1]]) in held_out:
                 raise CorruptError(f"{shards.shard_file(name)}: document {i} is held out for evaluation, yet it is in the shard")
+
+
+def _warnings(out: Path, record: Mapping[str, Any]) -> list[str]:
+    """What a record says that its reader should know: warnings about domains, and how many records were skipped."""
+    lines = list(record.get("warnings") or ())
+    skipped = record.get("skipped") or {}  # version 1 has none
+    if skipped.get("skipped"):
+        count = f"{skipped['skipped']:,} of {skipped['records']:,} records"
+        lines.append(f"skipped {count}: {counted(skipped['reasons'])}; {out / 'prepare.json'} lists them")
+    return lines
 
 
 def _check_eot(tokenizer: Tokenizer) -> None:

@@ -11,6 +11,13 @@ from typing import Any
 from lldfast.errors import listed
 
 BOM = b"\xef\xbb\xbf"
+_KINDS: dict[Any, str] = {
+    type(None): "null",
+    (int, float): "a number",
+    str: "a string",
+    (list, tuple): "a list",
+    Mapping: "an object",
+}
 
 
 class BadRecord(Exception):
@@ -28,6 +35,16 @@ class BadRecord(Exception):
         self.reason, self.detail, self.at, self.line = reason, detail, at, line
 
 
+def json_kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    if isinstance(value, bool):
+        return "true or false"
+    for kinds, word in _KINDS.items():
+        if isinstance(value, kinds):
+            return word
+    return type(value).__name__  # of Parquet, which has dates and bytes too
+
+
 def parse_line(raw: bytes) -> Mapping[str, Any]:
     """The record of a line of JSON lines. A byte order mark before it is dropped: files that were joined have them inside."""
     try:
@@ -42,7 +59,7 @@ def parse_line(raw: bytes) -> Mapping[str, Any]:
     except ValueError:  # Python's limit for converting digits, which json passes on without a place
         raise BadRecord("integer too long", "an integer of more digits than Python reads") from None
     if not isinstance(row, dict):
-        raise BadRecord("not a JSON object", f"expected a JSON object, got {type(row).__name__}")
+        raise BadRecord("not a JSON object", f"expected a JSON object, got {json_kind(row)}")
     return row
 
 
@@ -70,7 +87,7 @@ def field_of(row: Mapping[str, Any], path: str, what: str) -> Any:
 
 def check_text(text: Any, text_field: str) -> None:
     if not isinstance(text, str):
-        kind = type(text).__name__
+        kind = json_kind(text)
         raise BadRecord(
             "text is null" if text is None else "text is not a string", f"field {text_field!r} must be text, got {kind}"
         )
@@ -79,7 +96,7 @@ def check_text(text: Any, text_field: str) -> None:
 
 def check_label(domain: Any, domain_field: str | None) -> None:
     if not isinstance(domain, str):
-        kind = type(domain).__name__
+        kind = json_kind(domain)
         reason = "label is null" if domain is None else "label is not a string"
         raise BadRecord(reason, f"field {domain_field!r} must be a domain name, got {kind}")
     if not domain.strip():

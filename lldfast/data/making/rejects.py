@@ -40,7 +40,8 @@ class Rejects:
         count = self.reasons.total()
         if count > most * self.n_records:
             raise InputError(
-                f"{count} of {self.n_records} records are bad, more than the share of {most:g} that may be (most_skipped):"
+                f"{count} of {self.n_records} records are bad, more than the share of {most:g} that may be (option most_skipped,"
+                " --most-skipped):"
                 f" {counted(self.reasons)}; the first is {self._first}"
             )
 

@@ -24,6 +24,7 @@ from lldfast.data.making.records import BOM, BadRecord, check_label, check_text,
 from lldfast.data.making.rejects import Rejects
 from lldfast.errors import CorruptError, InputError, LLDError, listed
 
+SKIPPING = " (on_error skip, --on-error skip, leaves such records out)"
 LABEL_FIELDS = ("meta.pile_set_name", "domain")  # looked for, in this order, when no label field is given
 
 
@@ -110,7 +111,9 @@ class Source:
                 except BadRecord as error:
                     place = f"{item.unit} {error.line or record}"
                     if self.on_error == "stop":
-                        raise InputError(f"{item.name}, {place}{error.at}: {error.detail}") from None
+                        # Where the first record lacks a field, the fields were named wrongly: no record is to blame.
+                        hint = "" if error.reason.startswith("no ") and not self.met else SKIPPING
+                        raise InputError(f"{item.name}, {place}{error.at}: {error.detail}{hint}") from None
                     self.rejects.add(item.name, place, error.reason, error.detail)
                     continue
                 self.met.add(domain)
@@ -191,11 +194,11 @@ class Source:
         row = parse_line(raw) if item.kind == "jsonl" else raw
         text = field_of(row, self.text_field, "text field")
         check_text(text, self.text_field)
-        domain = item.domain or self._label(row)
+        domain = item.domain or self._label(row, item)
         check_label(domain, self.domain_field)
         return text, domain
 
-    def _label(self, row: Mapping[str, Any]) -> Any:
+    def _label(self, row: Mapping[str, Any], item: Input) -> Any:
         if self.domain_field is None:
             known = field_names(row)
             self.domain_field = next((name for name in LABEL_FIELDS if name in known), None)
@@ -203,9 +206,13 @@ class Source:
                 raise BadRecord(
                     "no domain field",
                     f"no field {' or '.join(LABEL_FIELDS)} to take the domain from; give the domain field."
-                    f" The fields are {listed(known, 30)}",
+                    f" The fields are {listed(known, 30)}{self.survey.why_labelled(Path(item.name))}",
                 )
-        label = field_of(row, self.domain_field, "domain field")
+        try:
+            label = field_of(row, self.domain_field, "domain field")
+        except BadRecord as error:
+            error.detail += self.survey.why_labelled(Path(item.name))
+            raise
         return str(label) if isinstance(label, int) and not isinstance(label, bool) else label
 
     def _parquet(self, item: Input, done: int) -> Iterator[Any]:
