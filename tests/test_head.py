@@ -298,6 +298,14 @@ def test_random_numbers_in_evaluation_mode_are_refused_and_none_is_drawn():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_longrope_of_one_set_of_frequencies_needs_no_rule():
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 2.0] * 2, "long_factor": [1.0, 2.0] * 2, "rope_theta": 10_000.0}
+    model = tiny("Phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    lm = load_model(model, tokenizer=BYTES)
+    assert str(lm.together) == "any texts in a batch"
+    check(lm, model)
+
+
 def test_longrope_scores_short_and_long_texts_apart(capsys):
     """Above 16 tokens a batch would get the long factors, its short texts too."""
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 6.0, 9.0], "rope_theta": 10_000.0}

@@ -75,6 +75,8 @@ def rule_of_config(config: Any) -> Together:
     context = config_int(config, CONTEXT_FIELDS, UNLIMITED)
     for rope in rope_parameters(config):
         kind = str(rope.get("rope_type", rope.get("type", "")))
+        if kind == "longrope" and rope.get("short_factor") == rope.get("long_factor"):
+            continue  # one set of frequencies for all lengths, as a converted GGUF file has
         if kind == "longrope":
             own = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
             rule = rule.and_also(Together(bounds=(int(own or context),)))
