@@ -564,7 +564,7 @@ got = gram.estimate(scorer, evalset, mode="sharded")
 assert got.mode == "sharded"
 if rank == 0:
     got.save(out + "/sharded.npz")
-budget = 4 * 35744 * 3 // size + 8 * 2**14 * 24 + 8
+budget = 4 * 35744 * 3 - 8  # all rows of one process do not fit; its share of them does, beside the smallest sketches
 assert gram.estimate(scorer, evalset, budget_bytes=budget).mode == "sharded"
 dist.destroy_process_group()
 """
