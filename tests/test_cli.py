@@ -77,7 +77,16 @@ def test_the_options_of_prepare_are_the_dataclass():
     assert (given.out, given.inputs) == ("y", ["x"])
 
 
-@pytest.mark.parametrize("name", ["score", "teach", "generate", "gram"])
+# The commands that run a model, each with the least that it needs.
+RUN_A_MODEL = [
+    ["score", "--out", "s.parquet"],
+    ["gram", "--out", "g.npz"],
+    ["teach", "--out", "cache", "--block-size", "8"],
+    ["generate", "--out", "written", "--tokens", "10"],
+]
+
+
+@pytest.mark.parametrize("name", [command[0] for command in RUN_A_MODEL])
 def test_commands_that_run_a_model_share_their_options(name):
     options = {action.dest: action for action in commands().choices[name]._actions}
     assert options["device"].default == "auto" and options["dtype"].default == "float32" and options["data"].required
@@ -148,15 +157,7 @@ def test_prepare_takes_the_tokenizer_of_an_lldfast_model(scored, tmp_path):
     assert TokenShards(tmp_path / "data").load_tokenizer().name == "bytes"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["score", "--out", "s.parquet"],
-        ["gram", "--out", "g.npz"],
-        ["teach", "--out", "cache", "--block-size", "8"],
-        ["generate", "--out", "written", "--tokens", "10"],
-    ],
-)
+@pytest.mark.parametrize("command", RUN_A_MODEL)
 def test_a_gpu_is_taken_where_there_is_one(scored, command, broken_gpu, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = [command[0], str(scored / "model"), "--data", str(scored / "one.parquet"), *command[1:]]
@@ -178,15 +179,7 @@ def test_a_command_prints_its_device(scored, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("device: cpu, bfloat16\n")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["score", "--out", "s.parquet"],
-        ["gram", "--out", "g.npz"],
-        ["teach", "--out", "cache", "--block-size", "8"],
-        ["generate", "--out", "written", "--tokens", "10"],
-    ],
-)
+@pytest.mark.parametrize("command", RUN_A_MODEL)
 def test_a_commands_tokenizer_goes_to_the_model(scored, command, capsys, tmp_path, monkeypatch):
     """One that the model cannot have is refused as such, before anything is written."""
     monkeypatch.chdir(tmp_path)

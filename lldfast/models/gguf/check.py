@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lldfast.errors import InputError
+from lldfast.errors import InputError, listed
 from lldfast.models.gguf.reader import GGUFFile
 from lldfast.models.gguf.rope import DIVISORS
 
@@ -34,7 +34,7 @@ def compare(file: GGUFFile, model: Any) -> None:
         expected = _expected(file, sources, parameter, model.config)
         _same(file, parameter, sources, value.detach().float().numpy(), expected)
     if unused := sorted(set(file.tensors) - used - _used_by_rope(model.config)):
-        raise InputError(f"{file.path}: nothing in a {file.architecture} model of transformers takes tensors {_some(unused)}")
+        raise InputError(f"{file.path}: nothing in a {file.architecture} model of transformers takes tensors {listed(unused)}")
 
 
 def _same(file: GGUFFile, parameter: str, sources: list[str], value: Array, expected: Array) -> None:
@@ -44,10 +44,6 @@ def _same(file: GGUFFile, parameter: str, sources: list[str], value: Array, expe
     largest = float(np.nanmax(np.abs(expected), initial=0.0))
     if not np.allclose(value, expected, rtol=0.0, atol=TOLERANCE * largest, equal_nan=True):
         raise InputError(f"{what}: the values differ by up to {np.nanmax(np.abs(value - expected)):.3g}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _used_by_rope(config: Any) -> set[str]:
